@@ -1,0 +1,75 @@
+"""What a run reports: metrics.jsonl, one JSON object an event, and Weights & Biases when asked for."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Appends events, each with its `step`, to a file of JSON lines.
+
+    Events after step `resume_step`, which a continued run will report again, and a last line cut short by a kill are
+    taken out first: the file holds each event once, however often the run was interrupted.
+    """
+
+    def __init__(self, path: Path, resume_step: int, wandb_run: Any = None):
+        self.path, self.wandb_run = path, wandb_run
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if _step(line) <= resume_step]
+        path.with_suffix(".tmp").write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(path.with_suffix(".tmp"), path)
+
+    def write(self, event: dict[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+        if self.wandb_run is not None:
+            try:
+                self.wandb_run.log(event, step=event["step"])
+            except Exception as error:  # a service must not stop a run
+                print(f"warning: wandb: {error}; going on without it", file=sys.stderr)
+                self.wandb_run = None
+
+
+def start_wandb(project: str, run_id: str | None, config: dict[str, Any]) -> Any:
+    """A wandb run, the one called `run_id` if it is given; None, with a warning, if wandb is missing or unreachable."""
+    try:
+        import wandb
+
+        settings = wandb.Settings(login_timeout=30)
+        return wandb.init(project=project, id=run_id, resume="allow", config=config, settings=settings)
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        print(f"warning: wandb: {reason}; going on without it (pip install wandb; wandb login)", file=sys.stderr)
+        return None
+
+
+class Throughput:
+    """A stopwatch for training alone: entered for each step, read at each report."""
+
+    def __init__(self, flops_per_token: int, peak_flops: float | None):
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.tokens, self.seconds, self.t0 = 0, 0.0, 0.0
+
+    def __enter__(self) -> None:
+        self.t0 = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        self.seconds += time.perf_counter() - self.t0
+
+    def read(self) -> dict[str, float]:
+        """tokens_per_s since the last reading, and mfu, the share of the device's peak, where that is known."""
+        tokens_per_s = self.tokens / self.seconds
+        self.tokens, self.seconds = 0, 0.0
+        if self.peak_flops is None:
+            return {"tokens_per_s": tokens_per_s}
+        return {"tokens_per_s": tokens_per_s, "mfu": tokens_per_s * self.flops_per_token / self.peak_flops}
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

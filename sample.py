@@ -1,0 +1,238 @@
+"""Write code with a trained model.
+
+    python sample.py --out_dir=out/tiny --prompt="def fib(n):"
+    echo "import os" | python sample.py --prompt_file=- --n_samples=3 --temperature=0.2 --stop='\\ndef'
+
+Past the end of the context the window moves on by half a context at a time: the token after n tokens is predicted from
+those from place s = window_start(n, block_size) on, at positions that count from 0 at s. The cache is refilled at each
+move, which adds one token of prefill to each token's step, and what is sampled is what full forward passes over the
+same windows would give.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from checkpoint import load
+from config import run_stage
+from device import DTYPES, resolve_device
+from model import GPT, KVCache
+from tokenizer import StreamDecoder, Tokenizer
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    out_dir: str | None = None  # folder of the run, or a .pt file; None takes the latest run under out/
+    checkpoint: str = "last"  # last, or best: the lowest validation loss
+    prompt: str | None = None  # text to go on from
+    prompt_file: str | None = None  # a file to read it from instead; - is standard input
+    n_samples: int = 1  # completions, drawn side by side
+    max_new_tokens: int = 256  # tokens a completion, at most; end-of-text ends one sooner
+    temperature: float = 0.8  # below 1 likelier, above 1 more varied; 0 takes the likeliest token each time
+    top_k: int | None = None  # sample among the k likeliest tokens only
+    top_p: float | None = 0.95  # sample among the likeliest tokens that make up this probability
+    stop: str | None = None  # text to stop before, \n for a newline; several as a JSON list: '["\ndef", "\nclass"]'
+    seed: int = 0  # of the random draws
+    device: str | None = None  # cuda, mps or cpu; None takes the best there is
+    dtype: str = "float32"  # of weights and cache: float32, bfloat16, float16
+
+    def __post_init__(self) -> None:
+        if self.n_samples < 1 or self.max_new_tokens < 1:
+            raise ValueError("--n_samples and --max_new_tokens must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"--temperature={self.temperature}: must be 0 or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"--top_k={self.top_k}: must be at least 1, or None")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"--top_p={self.top_p}: must be above 0 and at most 1, or None")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"--dtype={self.dtype}: not one of {', '.join(DTYPES)}")
+
+
+def generate(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    n_samples: int = 1,
+    max_new_tokens: int = 256,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    on_text: Callable[[int, str], None] = lambda row, text: None,
+) -> list[str]:
+    """Completions of `prompt`, without it: each ends at end-of-text, before the first stop string, or at
+    `max_new_tokens`. `on_text(row, text)` is called with each piece as soon as it is certain.
+
+    A prompt longer than the context loses its beginning, with a warning. Raises ValueError for one of no tokens.
+    """
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError("the prompt has no tokens; give at least one character, a newline will do")
+    context = model.config.block_size
+    if len(ids) > context:
+        print(f"warning: the prompt has {len(ids)} tokens; the model sees the last {context}", file=sys.stderr)
+    device = model.wpe.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    beyond = range(tokenizer.vocab_size, model.config.vocab_size)
+    banned = torch.tensor([*tokenizer.undefined_ids(), *beyond], dtype=torch.int64, device=device)
+    tokens = torch.tensor(ids[-context:], device=device).repeat(n_samples, 1)  # (B, T)
+    rows = [_Row(tokenizer, stop) for _ in range(n_samples)]
+
+    def choose(logits: torch.Tensor) -> torch.Tensor:
+        logits = logits.float().index_fill(-1, banned, -torch.inf)
+        return choose_token(logits, temperature, top_k, top_p, generator)
+
+    training = model.training
+    model.eval()
+    steps = generate_tokens(model, tokens, choose)
+    for n in range(1, max_new_tokens + 1):
+        for index, (row, token) in enumerate(zip(rows, next(steps).tolist(), strict=True)):
+            if text := row.push(token, last=n == max_new_tokens):
+                on_text(index, text)
+        if all(row.done for row in rows):
+            break
+    model.train(training)
+    return [row.text for row in rows]
+
+
+@torch.inference_mode()
+def generate_tokens(
+    model: GPT, tokens: torch.Tensor, choose: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """Without end, the next token of each row, (B,): `choose(logits)` of the logits (B, V) that follow `tokens` (B, T)
+    and what was chosen before."""
+    block_size, start, cache = model.config.block_size, -1, None
+    while True:
+        moved = window_start(tokens.size(1), block_size) != start
+        if moved:
+            start = window_start(tokens.size(1), block_size)
+            cache = KVCache(model.config, len(tokens), tokens.device, model.wte.weight.dtype)
+        chosen = choose(model.decode(tokens[:, start:] if moved else tokens[:, -1:], cache))
+        yield chosen
+        tokens = torch.cat((tokens, chosen[:, None]), dim=1)
+
+
+def window_start(n_tokens: int, block_size: int) -> int:
+    """The first of `n_tokens` that the model sees: 0 while all fit, then on by half a context at a time."""
+    stride = max(1, block_size // 2)
+    return -(-max(0, n_tokens - block_size) // stride) * stride
+
+
+def choose_token(
+    logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+) -> torch.Tensor:
+    """A token for each row of logits (B, V): the likeliest at temperature 0, else drawn after top-k, then top-p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probabilities = logits.softmax(-1)
+    if top_p is not None:
+        ordered, order = probabilities.sort(descending=True)
+        outside = ordered.cumsum(-1) - ordered > top_p  # the tokens before it are enough; the first always stays
+        probabilities = probabilities.scatter(-1, order, ordered.masked_fill(outside, 0.0))
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+class _Row:
+    """The text of one completion as its tokens arrive, cut at the first stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
+        self.decoder, self.end_of_text, self.stop = StreamDecoder(tokenizer), tokenizer.end_of_text, stop
+        self.text, self.sent, self.done = "", 0, False
+
+    def push(self, token: int, last: bool) -> str:
+        """Take the next token; returns the text that has become certain. Once done, takes no more."""
+        if self.done:
+            return ""
+        self.done = last or token == self.end_of_text
+        self.text += "" if token == self.end_of_text else self.decoder.push(token)
+        self.text += self.decoder.flush() if self.done else ""
+        cuts = [self.text.find(stop) for stop in self.stop if stop in self.text]
+        if cuts:
+            self.text, self.done = self.text[: min(cuts)], True
+        sent, self.sent = self.sent, len(self.text) - (0 if self.done else self._held_back())
+        return self.text[sent : self.sent]
+
+    def _held_back(self) -> int:
+        """How many characters at the end may turn out to be the beginning of a stop string."""
+        return max((n for stop in self.stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
+
+
+def sample(config: SampleConfig) -> list[str]:
+    """Load the run, print `n_samples` completions of the prompt, one alone as it is written, and return them."""
+    prompt, stop = _read_prompt(config), _read_stops(config.stop)
+    device = resolve_device(config.device)
+    out_dir = config.out_dir or _latest_run()
+    model, tokenizer, payload = load(out_dir, device, config.checkpoint)
+    model.to(DTYPES[config.dtype])
+    print(f"{out_dir}, step {payload['step']}, {model.n_parameters():,} parameters, {device}", file=sys.stderr)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end the program
+    streaming = config.n_samples == 1
+    if streaming:
+        print(prompt, end="", flush=True)
+    completions = generate(
+        model,
+        tokenizer,
+        prompt,
+        n_samples=config.n_samples,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        stop=stop,
+        seed=config.seed,
+        on_text=lambda row, text: print(text, end="", flush=True) if streaming else None,
+    )
+    if streaming:
+        print()
+    else:
+        for number, completion in enumerate(completions, start=1):
+            print(f"--- sample {number} of {config.n_samples}\n{prompt}{completion}")
+    return completions
+
+
+def _latest_run() -> str:
+    runs = sorted(Path("out").glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise ValueError("out: no run with a checkpoint; train one with python train.py, or name it with --out_dir")
+    return str(runs[-1].parent)
+
+
+def _read_prompt(config: SampleConfig) -> str:
+    if (config.prompt is None) == (config.prompt_file is None):
+        raise ValueError("give a prompt, either --prompt=TEXT or --prompt_file=PATH (- for standard input)")
+    if config.prompt is not None:
+        return config.prompt
+    try:
+        data = sys.stdin.buffer.read() if config.prompt_file == "-" else Path(config.prompt_file).read_bytes()
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"--prompt_file={config.prompt_file}: not UTF-8 text; convert it first") from None
+
+
+def _read_stops(text: str | None) -> list[str]:
+    if text is None:
+        return []
+    unescaped = text.replace("\\n", "\n").replace("\\t", "\t")
+    try:
+        stops = json.loads(text, strict=False) if text.startswith("[") else [unescaped]
+    except ValueError:
+        stops = None
+    if not stops or not all(isinstance(stop, str) and stop for stop in stops):
+        raise ValueError(f"--stop={text}: wants a text, or a JSON list of texts, none of them empty")
+    return stops
+
+
+if __name__ == "__main__":
+    run_stage(sample, SampleConfig)

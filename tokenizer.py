@@ -1,0 +1,141 @@
+"""Byte-pair tokenizers: a class over tiktoken.Encoding, its file, and training one on a corpus.
+
+    tokenizer = load_tokenizer("cl100k_base")            # or "gpt2", or the path of a tokenizer.json
+    tokenizer = train_tokenizer(texts, vocab_size=4096)  # rustbpe learns the merges, tiktoken encodes with them
+
+The file is JSON: name, split pattern, specials with their ids, and the tokens in order of rank, each byte written as
+the character of that number. The same tokenizer always makes the same file, so its sha256 identifies it.
+"""
+
+import codecs
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+END_OF_TEXT = "<|endoftext|>"
+NAMED = ("cl100k_base", "gpt2")
+
+
+class Tokenizer:
+    """Text to ids and back. Text is always ordinary text: a special's name in it is spelled out, never its id."""
+
+    def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], specials: dict[str, int]):
+        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+        self.name, self.pattern, self.specials = name, pattern, specials
+        self.tokens = sorted(ranks, key=ranks.__getitem__)  # bytes of each ordinary id, in order of id
+        self.end_of_text = specials[END_OF_TEXT]
+        self.vocab_size = self.encoding.n_vocab  # the largest id + 1
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text` as ordinary text. A lone surrogate, which has no UTF-8 form, becomes U+FFFD."""
+        return self.encoding.encode_ordinary(text)
+
+    def encode_documents(self, texts: Sequence[str], pool: ThreadPoolExecutor) -> list[np.ndarray]:
+        """The ids of each text, then end-of-text, as arrays of uint32. The encoder releases the interpreter's lock,
+        so the threads of `pool` work side by side."""
+        return list(pool.map(self._encode_document, texts))
+
+    def _encode_document(self, text: str) -> np.ndarray:
+        return np.append(self.encoding.encode_to_numpy(text, disallowed_special=()), np.uint32(self.end_of_text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        return self.encoding.decode(ids)
+
+    def undefined_ids(self) -> list[int]:
+        """Ids below vocab_size that stand for nothing (cl100k_base has 16 such)."""
+        return sorted(set(range(self.vocab_size)) - set(range(len(self.tokens))) - set(self.specials.values()))
+
+    def bytes_per_id(self) -> np.ndarray:
+        """(vocab_size,) int64: how many bytes of text each id stands for; 0 for specials."""
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        counts[: len(self.tokens)] = [len(token) for token in self.tokens]
+        return counts
+
+    def to_json(self) -> str:
+        """The tokenizer's file as text, one token a line."""
+        head = {"name": self.name, "pattern": self.pattern, "specials": self.specials}
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
+        tokens = ",\n".join(json.dumps(token.decode("latin-1")) for token in self.tokens)
+        return "{\n" + "\n".join(lines) + '\n"tokens": [\n' + tokens + "\n]\n}\n"
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> "Tokenizer":
+        """The tokenizer whose file holds `text`. Raises ValueError, naming `where`, if it is not one."""
+        try:
+            data = json.loads(text)
+            ranks = {token.encode("latin-1"): rank for rank, token in enumerate(data["tokens"])}
+            if len(ranks) < len(data["tokens"]) or END_OF_TEXT not in data["specials"]:
+                raise KeyError
+            return cls(data["name"], data["pattern"], ranks, data["specials"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{where}: not a tokenizer file; make one with data.prepare --tokenizer=train:N") from None
+
+    def save(self, path: Path) -> None:
+        """Write the tokenizer's file, whole or not at all."""
+        path.with_suffix(".tmp").write_text(self.to_json(), encoding="utf-8")
+        os.replace(path.with_suffix(".tmp"), path)
+
+
+class StreamDecoder:
+    """Decodes ids one at a time, holding back the bytes of a character that is not yet complete."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.encoding = tokenizer.encoding
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        return self.utf8.decode(self.encoding.decode_single_token_bytes(token))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for an incomplete character."""
+        return self.utf8.decode(b"", final=True)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer called `name`: one of NAMED, or the path of a tokenizer file. Raises ValueError."""
+    if name not in NAMED:
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(f"tokenizer {name}: no such file; use a tokenizer.json or one of {', '.join(NAMED)}")
+        return Tokenizer.from_json(path.read_bytes().decode("utf-8", "replace"), name)
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except Exception as error:  # tiktoken lets through whatever its HTTP client raises
+        raise ValueError(
+            f"tokenizer {name}: could not be downloaded ({type(error).__name__}); connect once, or copy tiktoken's "
+            "cache here and set TIKTOKEN_CACHE_DIR to it, or train your own with --tokenizer=train:4096"
+        ) from None
+    return Tokenizer(name, encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learn a byte-level BPE of `vocab_size` ids, end-of-text included, with GPT-4's split pattern.
+
+    A corpus too small for that many gives fewer, and a warning says how many.
+    """
+    import rustbpe  # only training needs it
+
+    if vocab_size < 257:
+        raise ValueError(f"vocab_size is {vocab_size}; a byte-level tokenizer needs 256 bytes and end-of-text: 257")
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter(texts), vocab_size - 1)
+    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    if len(ranks) + 1 < vocab_size:
+        print(
+            f"warning: the corpus gave {len(ranks) + 1} ids, not the {vocab_size} asked for; "
+            "train on more text or ask for fewer",
+            file=sys.stderr,
+        )
+    return Tokenizer(f"bpe-{len(ranks) + 1}", trainer.get_pattern(), ranks, {END_OF_TEXT: len(ranks)})

@@ -1,0 +1,413 @@
+"""Train a GPT on token shards, or go on with a run that was interrupted: the same command does both.
+
+    python train.py configs/tiny.py                   # two CPU cores, minutes
+    python train.py configs/70m.py                    # one A100: the recipe of CodeGPT-70M
+    python train.py configs/70m.py --batch_size=8     # any setting can be changed
+    python train.py configs/tiny.py --out_dir=out/tuned --init_from=out/tiny --dataset=mine   # fine-tune
+
+Everything goes to `out_dir`: checkpoints (checkpoint.py says which) and metrics.jsonl. On a CPU a run that was killed
+and started again ends with the same weights, bit for bit, as one that was not.
+"""
+
+import dataclasses
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+from config import format_config, run_stage
+from dataloader import Loader, Shards, TokenStream, open_shards
+from device import autocast, peak_flops, peak_memory_bytes, resolve_device, resolve_dtype
+from eval_perplexity import evaluate_loss
+from metrics import MetricsLog, Throughput, start_wandb
+from model import GPT, GPTConfig
+from sample import generate
+from tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TrainConfig(GPTConfig):
+    dataset: str = "local"  # shards to train on: a folder under data/shards, or a path
+    out_dir: str = "out/run"  # where checkpoints and metrics go; a run found there is continued
+    init_from: str | None = None  # start from the weights of this run (a folder or a .pt file): fine-tuning
+    batch_size: int = 16  # sequences a micro-step; what fits in memory
+    tokens_per_step: int = 2**19  # tokens an optimizer step, a multiple of batch_size x block_size
+    max_steps: int = 5912  # optimizer steps in all
+    learning_rate: float = 6e-4  # the highest, at the end of the warmup
+    min_lr: float = 6e-5  # the lowest, at max_steps
+    warmup_steps: int = 222  # steps of linear rise
+    weight_decay: float = 0.01  # of the 2-D weights
+    beta1: float = 0.9  # AdamW: decay of the mean of gradients
+    beta2: float = 0.999  # AdamW: decay of the mean of their squares
+    grad_clip: float | None = 1.0  # highest norm of the gradient; None does not clip
+    eval_interval: int = 250  # steps between evaluations
+    eval_tokens: int = 2**20  # validation tokens an evaluation, at most
+    sample_interval: int | None = 500  # steps between printed samples; None prints none
+    sample_prompt: str = "def "  # what they begin with
+    log_interval: int = 10  # steps between lines in metrics.jsonl
+    checkpoint_interval: int = 250  # steps between checkpoints
+    checkpoint_minutes: float = 10.0  # and the longest time between two, minutes
+    seed: int = 1337  # of the initial weights, dropout and the order of the data
+    device: str | None = None  # cuda, mps or cpu; None takes the best there is
+    dtype: str | None = None  # of the matrix products: float32, bfloat16, float16; None takes the device's native one
+    compile: bool = True  # torch.compile the model; where that fails, a warning, and on without
+    verify: bool = False  # compare the shards' checksums before starting
+    wandb_log: bool = False  # log to Weights & Biases too
+    wandb_project: str = "codegpt"  # its project there
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counts = ("batch_size", "tokens_per_step", "max_steps", "eval_interval", "eval_tokens", "log_interval")
+        for name in (*counts, "checkpoint_interval", "sample_interval"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        micro_tokens = self.batch_size * self.block_size
+        if self.tokens_per_step % micro_tokens:
+            nearest = max(1, round(self.tokens_per_step / micro_tokens)) * micro_tokens
+            raise ValueError(
+                f"tokens_per_step is {self.tokens_per_step}, not a multiple of batch_size x block_size, "
+                f"{micro_tokens}; set --tokens_per_step={nearest}, or another --batch_size"
+            )
+
+
+@dataclass
+class Run:
+    """A run in progress. What a checkpoint holds of it is what continuing exactly needs."""
+
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    tokenizer: Tokenizer
+    data_fingerprint: str
+    device: torch.device
+    dtype: torch.dtype
+    step: int = 0  # optimizer steps taken
+    best_val_loss: float = math.inf
+    wandb_id: str | None = None
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train until `max_steps`, from the run in `out_dir` if there is one. Returns the last evaluation's figures.
+
+    Raises ValueError for settings that do not fit the data or the run found, SystemExit after saving on a signal.
+    """
+    print(format_config(config))
+    shards = open_dataset(config)
+    loader = Loader(shards.split("train"), config.block_size, config.tokens_per_step // config.block_size, config.seed)
+    val_stream = shards.split("val")
+    Loader(val_stream, config.block_size, 1, config.seed)  # too short a split fails now, not at the first evaluation
+    run = start_run(config, shards)
+    out_dir = Path(config.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    wandb_run = None
+    if config.wandb_log:
+        wandb_run = start_wandb(config.wandb_project, run.wandb_id, dataclasses.asdict(config))
+        run.wandb_id = wandb_run.id if wandb_run is not None else run.wandb_id
+    metrics = MetricsLog(out_dir / "metrics.jsonl", run.step, wandb_run)
+    print(
+        f"{out_dir}: {run.model.n_parameters():,} parameters, {run.device}, {str(run.dtype).removeprefix('torch.')}, "
+        f"{len(loader.stream):,} tokens of {shards.path}, from step {run.step} to {config.max_steps}"
+    )
+    if config.compile and run.step < config.max_steps:
+        compile_model(run, config)
+    figures = train_loop(config, run, loader, val_stream, metrics)
+    print(
+        f"{out_dir}: step {run.step}, {run.step * config.tokens_per_step:,} tokens, validation loss "
+        f"{figures['val_loss']:.4f}, perplexity {figures['perplexity']:.3f}, {figures['val_bpb']:.4f} bits per byte"
+    )
+    return figures
+
+
+def train_loop(
+    config: TrainConfig, run: Run, loader: Loader, val_stream: TokenStream, metrics: MetricsLog
+) -> dict[str, Any]:
+    """Step, report, evaluate, sample and save until `max_steps`; returns the last evaluation's figures."""
+    figures: dict[str, Any] = {}
+    meter = Throughput(run.model.flops_per_token(), peak_flops(run.device))
+    saved_at, saved_step = time.monotonic(), run.step
+    with Interruption() as interruption, progress_bar(config, run.step) as bar:
+        while run.step < config.max_steps:
+            rng = rng_state(run.device)
+            with meter:
+                lr = learning_rate(run.step, config)
+                result = train_step(run, loader.batch(run.step), config, lr, interruption)
+                if result is None:
+                    save_run(config, run, rng)  # the run, and with `rng` its randomness, stand where the step began
+                    interruption.leave(f"saved step {run.step} in {config.out_dir}; the same command goes on")
+                run.step += 1
+                meter.tokens += config.tokens_per_step
+                last = run.step == config.max_steps
+                reporting = last or run.step % config.log_interval == 0
+                saving = last or run.step % config.checkpoint_interval == 0
+                saving = saving or time.monotonic() - saved_at > 60 * config.checkpoint_minutes
+                if reporting or saving:  # reading the loss waits for the device, so not at every step
+                    loss, grad_norm = require_finite(result, run, saved_step)
+            bar.update()
+            if reporting:
+                event = {"step": run.step, "tokens": run.step * config.tokens_per_step, "loss": loss, "lr": lr}
+                event |= {"grad_norm": grad_norm, **meter.read(), "peak_memory_bytes": peak_memory_bytes(run.device)}
+                metrics.write(event)
+                bar.set_postfix_str(f"loss {loss:.3f}, {event['tokens_per_s']:,.0f} tokens/s")
+            if last or run.step % config.eval_interval == 0:
+                figures = evaluate(config, run, val_stream)
+                metrics.write(figures)
+                keep_best(config, run, figures["val_loss"])
+            if config.sample_interval is not None and (last or run.step % config.sample_interval == 0):
+                text = generate(run.model, run.tokenizer, config.sample_prompt, max_new_tokens=64, top_p=0.95)[0]
+                tqdm.write(f"--- sample at step {run.step}\n{config.sample_prompt}{text}\n---")
+            if saving:
+                save_run(config, run, rng_state(run.device))
+                saved_at, saved_step = time.monotonic(), run.step
+    return figures or evaluate(config, run, val_stream)
+
+
+def train_step(
+    run: Run,
+    batch: tuple[torch.Tensor, torch.Tensor],
+    config: TrainConfig,
+    lr: float,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """One optimizer step on `batch`, inputs and targets of (sequences, T) each, in micro-steps of `batch_size`.
+
+    Returns the mean loss and the norm of the gradient before clipping, scalars on the device; or None, with the run
+    untouched, if `interrupted()` came true between two micro-steps.
+    """
+    optimizer, scaler = run.optimizer, run.scaler
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    micro_batches = list(zip(*(half.split(config.batch_size) for half in batch), strict=True))
+    mean_loss = torch.zeros((), device=run.device)
+    for inputs, targets in micro_batches:
+        if interrupted():
+            optimizer.zero_grad(set_to_none=True)
+            return None
+        with autocast(run.device, run.dtype):
+            loss = run.model(inputs.to(run.device), targets.to(run.device)) / len(micro_batches)
+        scaler.scale(loss).backward()
+        mean_loss += loss.detach()
+    scaler.unscale_(optimizer)
+    max_norm = math.inf if config.grad_clip is None else config.grad_clip
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), max_norm)
+    scaler.step(optimizer)  # in fp16, not taken when a gradient overflowed
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return mean_loss, grad_norm
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear rise to `learning_rate` over `warmup_steps`, then half a cosine down to `min_lr` at `max_steps`."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = min(1.0, (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps))
+    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
+
+
+def make_optimizer(model: GPT, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW with decay on the 2-D weights only (Loshchilov and Hutter, 2019)."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(map(id, parameters)), "the groups must hold each parameter once"
+    fused = device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
+
+
+def open_dataset(config: TrainConfig) -> Shards:
+    """The shards to train on. Raises ValueError if they are damaged or their vocabulary does not fit the model's."""
+    shards = open_shards(config.dataset)
+    if config.verify:
+        shards.verify()
+    if not shards.vocab_size <= config.vocab_size < shards.vocab_size + 128:
+        raise ValueError(
+            f"{shards.path}/meta.json: vocab_size is {shards.vocab_size}, the model has {config.vocab_size}; "
+            f"set --vocab_size={-(-shards.vocab_size // 128) * 128}, or prepare the data with another --tokenizer"
+        )
+    return shards
+
+
+def start_run(config: TrainConfig, shards: Shards) -> Run:
+    """The run in `out_dir`, where its newest checkpoint left it, or a new one.
+
+    Raises ValueError if the run there, or the one of `init_from`, does not match what `config` asks for.
+    """
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    torch.manual_seed(config.seed)
+    model = GPT(config).to(device)
+    optimizer = make_optimizer(model, config, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    tokenizer = Tokenizer.from_json(shards.tokenizer_json(), f"{shards.path}/tokenizer.json")
+    run = Run(model, optimizer, scaler, tokenizer, shards.fingerprint(), device, dtype)
+    payload = checkpoint.read_newest(Path(config.out_dir), set_aside=True)
+    if payload is not None:
+        restore(run, payload, config)
+    elif config.init_from is not None:
+        source, tokenizer, payload = checkpoint.load(config.init_from, device)
+        require_same(config, payload["model_config"], f"--init_from={config.init_from}", "set those values here")
+        if tokenizer.sha256 != run.tokenizer.sha256:
+            raise ValueError(
+                f"--init_from={config.init_from}: trained with another tokenizer than {shards.path} has; "
+                "prepare the data with the tokenizer.json of its own data"
+            )
+        model.load_state_dict(source.state_dict())
+    return run
+
+
+def restore(run: Run, payload: dict[str, Any], config: TrainConfig) -> None:
+    """Put `run` where a checkpoint left it. Raises ValueError if it was made with other weights' shapes or data."""
+    fixed = {**payload["model_config"], **{key: payload["config"][key] for key in ("seed", "tokens_per_step")}}
+    remedy = "to start anew choose another --out_dir; to go on, set the values of the run"
+    require_same(config, fixed, config.out_dir, remedy)
+    if payload["data_fingerprint"] != run.data_fingerprint:
+        raise ValueError(
+            f"{config.out_dir}: began on dataset {payload['config']['dataset']!r}, and {config.dataset!r} holds other "
+            "tokens than it did then; restore that data, or choose another --out_dir"
+        )
+    if payload["step"] > config.max_steps:
+        raise ValueError(
+            f"{config.out_dir}: at step {payload['step']}, beyond --max_steps={config.max_steps}; raise it"
+        )
+    run.model.load_state_dict(payload["model"])
+    run.optimizer.load_state_dict(payload["optimizer"])
+    run.scaler.load_state_dict(payload["scaler"])
+    run.step, run.best_val_loss, run.wandb_id = (payload[key] for key in ("step", "best_val_loss", "wandb_id"))
+    torch.set_rng_state(payload["rng"]["cpu"])
+    if run.device.type == "cuda" and "cuda" in payload["rng"]:
+        torch.cuda.set_rng_state(payload["rng"]["cuda"], run.device)
+
+
+def require_same(config: TrainConfig, fixed: dict[str, Any], where: str, remedy: str) -> None:
+    """Raise ValueError naming each setting of `fixed`, but dropout, that differs in `config`."""
+    different = [f"{k} is {v} there, {getattr(config, k)} here" for k, v in fixed.items() if getattr(config, k) != v]
+    different = [text for text in different if not text.startswith("dropout ")]
+    if different:
+        raise ValueError(f"{where}: {', '.join(different)}; {remedy}")
+
+
+def save_run(config: TrainConfig, run: Run, rng: dict[str, torch.Tensor]) -> None:
+    """Save all that `restore` needs, as `last.pt`."""
+    payload = {
+        **weights_payload(config, run),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "rng": rng,
+        "wandb_id": run.wandb_id,
+        "data_fingerprint": run.data_fingerprint,
+    }
+    checkpoint.save_last(Path(config.out_dir), payload)
+
+
+def weights_payload(config: TrainConfig, run: Run) -> dict[str, Any]:
+    return {
+        "model": run.model.state_dict(),
+        "model_config": checkpoint.model_config(config),
+        "tokenizer": run.tokenizer.to_json(),
+        "tokenizer_sha256": run.tokenizer.sha256,
+        "config": dataclasses.asdict(config),
+        "step": run.step,
+        "tokens": run.step * config.tokens_per_step,
+        "best_val_loss": run.best_val_loss,
+    }
+
+
+def keep_best(config: TrainConfig, run: Run, val_loss: float) -> None:
+    """Save the weights as `best.pt` if no evaluation before had so low a loss."""
+    if val_loss < run.best_val_loss:
+        run.best_val_loss = val_loss
+        checkpoint.save(Path(config.out_dir) / "best.pt", weights_payload(config, run))
+
+
+def evaluate(config: TrainConfig, run: Run, stream: TokenStream) -> dict[str, Any]:
+    """Loss, perplexity and bits per byte on the validation split, as an event of metrics.jsonl."""
+    limits = {"batch_size": config.batch_size, "max_tokens": config.eval_tokens}
+    scored = evaluate_loss(run.model, stream, run.tokenizer, dtype=run.dtype, **limits)
+    tqdm.write(
+        f"step {run.step}: validation loss {scored['loss']:.4f}, perplexity {scored['perplexity']:.2f}, "
+        f"{scored['bits_per_byte']:.4f} bits per byte"
+    )
+    figures = {"val_loss": scored["loss"], "perplexity": scored["perplexity"], "val_bpb": scored["bits_per_byte"]}
+    return {"step": run.step, "tokens": run.step * config.tokens_per_step, **figures}
+
+
+def compile_model(run: Run, config: TrainConfig) -> None:
+    """Compile the model in place, trying it on one micro-batch; where that fails, warn and leave it as it was."""
+    run.model.forward = torch.compile(run.model.forward, dynamic=False)
+    tokens = torch.zeros((config.batch_size, config.block_size), dtype=torch.int64, device=run.device)
+    try:
+        with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []), autocast(run.device, run.dtype):
+            run.model(tokens, tokens).backward()
+    except Exception as error:  # no C++ compiler, an unsupported platform or Python: the compiler raises anything
+        del run.model.forward
+        reason = str(error).strip().split("\n")[0]
+        print(f"warning: torch.compile failed ({reason}); going on without it, slower", file=sys.stderr)
+    run.optimizer.zero_grad(set_to_none=True)
+
+
+def require_finite(result: tuple[torch.Tensor, torch.Tensor], run: Run, saved_step: int) -> tuple[float, float]:
+    """Loss and gradient norm as numbers. Raises ValueError if one is not finite, before anything of it is saved."""
+    loss, grad_norm = (value.item() for value in result)
+    if not math.isfinite(loss) or not (math.isfinite(grad_norm) or run.scaler.is_enabled()):
+        raise ValueError(
+            f"step {run.step}: loss is {loss}, gradient norm {grad_norm}; what was saved at step {saved_step} is "
+            "intact: go on from it with a lower --learning_rate, --dtype=float32 or --compile=False"
+        )
+    return loss, grad_norm
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state if device.type != "cuda" else {**state, "cuda": torch.cuda.get_rng_state(device)}
+
+
+def progress_bar(config: TrainConfig, step: int) -> tqdm:
+    interval = 0.5 if sys.stderr.isatty() else 10.0
+    return tqdm(total=config.max_steps, initial=step, unit="step", mininterval=interval, dynamic_ncols=True)
+
+
+class Interruption:
+    """While entered, SIGINT, SIGTERM and SIGHUP are noted, so that the loop can save before leaving. A second one acts
+    as it always does. True when called after one came."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interruption":
+        if threading.current_thread() is threading.main_thread():
+            names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+            numbers = [getattr(signal, name) for name in names]
+            handled = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup stays nohup
+            self.previous = {number: signal.signal(number, self._note) for number in handled}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def __call__(self) -> bool:
+        return self.signum is not None
+
+    def leave(self, message: str) -> None:
+        print(message, file=sys.stderr)
+        raise SystemExit(128 + (self.signum or 0))
+
+    def _note(self, signum: int, frame: object) -> None:
+        self.signum = signum
+        self.__exit__()
+
+
+if __name__ == "__main__":
+    run_stage(train, TrainConfig)
