@@ -1,13 +1,16 @@
-"""A run's checkpoints: written whole or not at all, read without executing anything in them.
+"""A run and its checkpoints: written whole or not at all, read without executing anything in them.
 
-`out/NAME/` holds `last.pt`, `previous.pt` (the one before it, used when `last.pt` is damaged) and `best.pt` (weights of
-the lowest validation loss). Each is a torch file of tensors and primitives, with the model's sizes and the tokenizer's
-file in it, so that it is all one needs to sample.
+`out/NAME/` holds `last.pt`, `previous.pt` (the one before it, used when `last.pt` is damaged) and `best.pt` (weights
+alone, of the lowest validation loss). Each is a torch file of tensors and primitives, with the model's sizes and the
+tokenizer's file in it, so that it is all one needs to sample.
 """
 
 import dataclasses
+import math
 import os
 import sys
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,98 @@ from model import GPT, GPTConfig
 from tokenizer import Tokenizer
 
 FORMAT = "codegpt checkpoint 1"
+
+
+@dataclass
+class Run:
+    """A training run in progress. What `save_run` keeps of it is all that continuing exactly needs."""
+
+    config: Any  # the training settings: a GPTConfig with out_dir, seed, tokens_per_step, max_steps and more
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    tokenizer: Tokenizer
+    data_fingerprint: str  # of the shards it trains on
+    device: torch.device
+    dtype: torch.dtype
+    step: int = 0  # optimizer steps taken
+    best_val_loss: float = math.inf
+    wandb_id: str | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.step * self.config.tokens_per_step
+
+
+def save_run(run: Run, rng: dict[str, torch.Tensor]) -> None:
+    """Save as `last.pt` all that `restore_run` needs; the file of that name becomes `previous.pt`. `rng` is the
+    `rng_state` to continue with. Raises ValueError, saving nothing, if a weight is not finite."""
+    out_dir = Path(run.config.out_dir)
+    if not all(parameter.isfinite().all() for parameter in run.model.parameters()):
+        raise ValueError(
+            f"step {run.step}: a weight is not finite, so nothing is saved; the checkpoints in {out_dir} are from "
+            "before: go on from there with a lower --learning_rate or --dtype=float32"
+        )
+    payload = {
+        **_weights(run),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "rng": rng,
+        "wandb_id": run.wandb_id,
+        "data_fingerprint": run.data_fingerprint,
+    }
+    save(out_dir / "last.pt", payload, keep=out_dir / "previous.pt")
+
+
+def keep_best(run: Run, val_loss: float) -> None:
+    """Save the weights as `best.pt` if no evaluation before gave so low a loss."""
+    if val_loss < run.best_val_loss:
+        run.best_val_loss = val_loss
+        save(Path(run.config.out_dir) / "best.pt", _weights(run))
+
+
+def restore_run(run: Run) -> bool:
+    """Put `run` where the newest readable checkpoint of its `out_dir` left it; False if there is none yet.
+
+    Raises ValueError naming what differs if that run has weights of other shapes, or its data another content or order.
+    """
+    config = run.config
+    payload = read_newest(Path(config.out_dir), set_aside=True)
+    if payload is None:
+        return False
+    fixed = {**payload["model_config"], **{key: payload["config"][key] for key in ("seed", "tokens_per_step")}}
+    require_same(config, fixed, config.out_dir, "set the values of the run to go on, or start another with --out_dir")
+    if payload["data_fingerprint"] != run.data_fingerprint:
+        raise ValueError(
+            f"{config.out_dir}: began on dataset {payload['config']['dataset']!r}, and {config.dataset!r} does not "
+            "hold what that held; restore it, or start another run with --out_dir"
+        )
+    if payload["step"] > config.max_steps:
+        raise ValueError(
+            f"{config.out_dir}: at step {payload['step']}, beyond --max_steps={config.max_steps}; raise it"
+        )
+    run.model.load_state_dict(payload["model"])
+    run.optimizer.load_state_dict(payload["optimizer"])
+    run.scaler.load_state_dict(payload["scaler"])
+    run.step, run.best_val_loss, run.wandb_id = (payload[key] for key in ("step", "best_val_loss", "wandb_id"))
+    torch.set_rng_state(payload["rng"]["cpu"])
+    if run.device.type == "cuda" and "cuda" in payload["rng"]:
+        torch.cuda.set_rng_state(payload["rng"]["cuda"], run.device)
+    return True
+
+
+def require_same(config: GPTConfig, fixed: dict[str, Any], where: str, remedy: str) -> None:
+    """Raise ValueError naming each setting of `fixed`, dropout apart, that differs in `config`."""
+    different = {key: value for key, value in fixed.items() if getattr(config, key) != value and key != "dropout"}
+    if different:
+        values = ", ".join(f"{key} is {value} there, {getattr(config, key)} here" for key, value in different.items())
+        raise ValueError(f"{where}: {values}; {remedy}")
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The state of torch's random generators that training draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
 
 
 def save(path: Path, payload: dict[str, Any], keep: Path | None = None) -> None:
@@ -40,17 +135,16 @@ def save(path: Path, payload: dict[str, Any], keep: Path | None = None) -> None:
         ) from None
 
 
-def save_last(out_dir: Path, payload: dict[str, Any]) -> None:
-    """Save as `last.pt`; the file of that name becomes `previous.pt`."""
-    save(out_dir / "last.pt", payload, keep=out_dir / "previous.pt")
-
-
 def read(path: Path, mmap: bool = False) -> dict[str, Any]:
     """The payload at `path`, tensors on the CPU. Raises ValueError if it is damaged or not a checkpoint.
 
-    With `mmap`, tensors are read from the file when used, and their checksums are not compared.
+    Its checksums are compared first: torch writes one a tensor but, reading, does not look at them. With `mmap` the
+    tensors are read from the file when used.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise ValueError(
@@ -110,6 +204,14 @@ def load(out_dir: str, device: torch.device, which: str = "last") -> tuple[GPT, 
     return model.to(device).eval(), tokenizer, payload
 
 
-def model_config(config: GPTConfig) -> dict[str, Any]:
-    """The fields of `config` that GPTConfig has, so that a training config's sizes can be stored and compared."""
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(GPTConfig)}
+def _weights(run: Run) -> dict[str, Any]:
+    return {
+        "model": run.model.state_dict(),
+        "model_config": {field.name: getattr(run.config, field.name) for field in dataclasses.fields(GPTConfig)},
+        "tokenizer": run.tokenizer.to_json(),
+        "tokenizer_sha256": run.tokenizer.sha256,
+        "config": dataclasses.asdict(run.config),
+        "step": run.step,
+        "tokens": run.tokens,
+        "best_val_loss": run.best_val_loss,
+    }

@@ -102,7 +102,6 @@ def generate(
     return [row.text for row in rows]
 
 
-@torch.inference_mode()
 def generate_tokens(
     model: GPT, tokens: torch.Tensor, choose: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[torch.Tensor]:
@@ -110,13 +109,14 @@ def generate_tokens(
     and what was chosen before."""
     block_size, start, cache = model.config.block_size, -1, None
     while True:
-        moved = window_start(tokens.size(1), block_size) != start
-        if moved:
-            start = window_start(tokens.size(1), block_size)
-            cache = KVCache(model.config, len(tokens), tokens.device, model.wte.weight.dtype)
-        chosen = choose(model.decode(tokens[:, start:] if moved else tokens[:, -1:], cache))
+        with torch.inference_mode():
+            moved = window_start(tokens.size(1), block_size) != start
+            if moved:
+                start = window_start(tokens.size(1), block_size)
+                cache = KVCache(model.config, len(tokens), tokens.device, model.wte.weight.dtype)
+            chosen = choose(model.decode(tokens[:, start:] if moved else tokens[:, -1:], cache))
+            tokens = torch.cat((tokens, chosen[:, None]), dim=1)
         yield chosen
-        tokens = torch.cat((tokens, chosen[:, None]), dim=1)
 
 
 def window_start(n_tokens: int, block_size: int) -> int:

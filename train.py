@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import checkpoint
+from checkpoint import Run, keep_best, load, require_same, restore_run, rng_state, save_run
 from config import format_config, run_stage
 from dataloader import Loader, Shards, TokenStream, open_shards
 from device import autocast, peak_flops, peak_memory_bytes, resolve_device, resolve_dtype
@@ -79,22 +79,6 @@ class TrainConfig(GPTConfig):
             )
 
 
-@dataclass
-class Run:
-    """A run in progress. What a checkpoint holds of it is what continuing exactly needs."""
-
-    model: GPT
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    tokenizer: Tokenizer
-    data_fingerprint: str
-    device: torch.device
-    dtype: torch.dtype
-    step: int = 0  # optimizer steps taken
-    best_val_loss: float = math.inf
-    wandb_id: str | None = None
-
-
 def train(config: TrainConfig) -> dict[str, Any]:
     """Train until `max_steps`, from the run in `out_dir` if there is one. Returns the last evaluation's figures.
 
@@ -118,30 +102,29 @@ def train(config: TrainConfig) -> dict[str, Any]:
         f"{len(loader.stream):,} tokens of {shards.path}, from step {run.step} to {config.max_steps}"
     )
     if config.compile and run.step < config.max_steps:
-        compile_model(run, config)
-    figures = train_loop(config, run, loader, val_stream, metrics)
+        compile_model(run)
+    figures = train_loop(run, loader, val_stream, metrics)
     print(
-        f"{out_dir}: step {run.step}, {run.step * config.tokens_per_step:,} tokens, validation loss "
+        f"{out_dir}: step {run.step}, {run.tokens:,} tokens, validation loss "
         f"{figures['val_loss']:.4f}, perplexity {figures['perplexity']:.3f}, {figures['val_bpb']:.4f} bits per byte"
     )
     return figures
 
 
-def train_loop(
-    config: TrainConfig, run: Run, loader: Loader, val_stream: TokenStream, metrics: MetricsLog
-) -> dict[str, Any]:
+def train_loop(run: Run, loader: Loader, val_stream: TokenStream, metrics: MetricsLog) -> dict[str, Any]:
     """Step, report, evaluate, sample and save until `max_steps`; returns the last evaluation's figures."""
+    config = run.config
     figures: dict[str, Any] = {}
     meter = Throughput(run.model.flops_per_token(), peak_flops(run.device))
-    saved_at, saved_step = time.monotonic(), run.step
+    saved_at = time.monotonic()
     with Interruption() as interruption, progress_bar(config, run.step) as bar:
         while run.step < config.max_steps:
             rng = rng_state(run.device)
             with meter:
                 lr = learning_rate(run.step, config)
-                result = train_step(run, loader.batch(run.step), config, lr, interruption)
+                result = train_step(run, loader.batch(run.step), lr, interruption)
                 if result is None:
-                    save_run(config, run, rng)  # the run, and with `rng` its randomness, stand where the step began
+                    save_run(run, rng)  # the run, and with `rng` its randomness, stand where the step began
                     interruption.leave(f"saved step {run.step} in {config.out_dir}; the same command goes on")
                 run.step += 1
                 meter.tokens += config.tokens_per_step
@@ -149,31 +132,30 @@ def train_loop(
                 reporting = last or run.step % config.log_interval == 0
                 saving = last or run.step % config.checkpoint_interval == 0
                 saving = saving or time.monotonic() - saved_at > 60 * config.checkpoint_minutes
-                if reporting or saving:  # reading the loss waits for the device, so not at every step
-                    loss, grad_norm = require_finite(result, run, saved_step)
+                if reporting:  # reading the loss waits for the device, so not at every step
+                    loss, grad_norm = require_finite(result, run)
             bar.update()
             if reporting:
-                event = {"step": run.step, "tokens": run.step * config.tokens_per_step, "loss": loss, "lr": lr}
+                event = {"step": run.step, "tokens": run.tokens, "loss": loss, "lr": lr}
                 event |= {"grad_norm": grad_norm, **meter.read(), "peak_memory_bytes": peak_memory_bytes(run.device)}
                 metrics.write(event)
                 bar.set_postfix_str(f"loss {loss:.3f}, {event['tokens_per_s']:,.0f} tokens/s")
             if last or run.step % config.eval_interval == 0:
-                figures = evaluate(config, run, val_stream)
+                figures = evaluate(run, val_stream)
                 metrics.write(figures)
-                keep_best(config, run, figures["val_loss"])
+                keep_best(run, figures["val_loss"])
             if config.sample_interval is not None and (last or run.step % config.sample_interval == 0):
                 text = generate(run.model, run.tokenizer, config.sample_prompt, max_new_tokens=64, top_p=0.95)[0]
                 tqdm.write(f"--- sample at step {run.step}\n{config.sample_prompt}{text}\n---")
             if saving:
-                save_run(config, run, rng_state(run.device))
-                saved_at, saved_step = time.monotonic(), run.step
-    return figures or evaluate(config, run, val_stream)
+                save_run(run, rng_state(run.device))
+                saved_at = time.monotonic()
+    return figures or evaluate(run, val_stream)
 
 
 def train_step(
     run: Run,
     batch: tuple[torch.Tensor, torch.Tensor],
-    config: TrainConfig,
     lr: float,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -182,7 +164,7 @@ def train_step(
     Returns the mean loss and the norm of the gradient before clipping, scalars on the device; or None, with the run
     untouched, if `interrupted()` came true between two micro-steps.
     """
-    optimizer, scaler = run.optimizer, run.scaler
+    config, optimizer, scaler = run.config, run.optimizer, run.scaler
     for group in optimizer.param_groups:
         group["lr"] = lr
     micro_batches = list(zip(*(half.split(config.batch_size) for half in batch), strict=True))
@@ -250,102 +232,36 @@ def start_run(config: TrainConfig, shards: Shards) -> Run:
     optimizer = make_optimizer(model, config, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     tokenizer = Tokenizer.from_json(shards.tokenizer_json(), f"{shards.path}/tokenizer.json")
-    run = Run(model, optimizer, scaler, tokenizer, shards.fingerprint(), device, dtype)
-    payload = checkpoint.read_newest(Path(config.out_dir), set_aside=True)
-    if payload is not None:
-        restore(run, payload, config)
-    elif config.init_from is not None:
-        source, tokenizer, payload = checkpoint.load(config.init_from, device)
-        require_same(config, payload["model_config"], f"--init_from={config.init_from}", "set those values here")
-        if tokenizer.sha256 != run.tokenizer.sha256:
+    run = Run(config, model, optimizer, scaler, tokenizer, shards.fingerprint(), device, dtype)
+    if not restore_run(run) and config.init_from is not None:
+        source, source_tokenizer, payload = load(config.init_from, device)
+        where = f"--init_from={config.init_from}"
+        require_same(config, payload["model_config"], where, "set those values here")
+        if source_tokenizer.sha256 != tokenizer.sha256:
             raise ValueError(
-                f"--init_from={config.init_from}: trained with another tokenizer than {shards.path} has; "
-                "prepare the data with the tokenizer.json of its own data"
+                f"{where}: trained with another tokenizer than {shards.path} has; prepare the data with "
+                "--tokenizer=PATH of the tokenizer.json beside the shards of that run"
             )
         model.load_state_dict(source.state_dict())
     return run
 
 
-def restore(run: Run, payload: dict[str, Any], config: TrainConfig) -> None:
-    """Put `run` where a checkpoint left it. Raises ValueError if it was made with other weights' shapes or data."""
-    fixed = {**payload["model_config"], **{key: payload["config"][key] for key in ("seed", "tokens_per_step")}}
-    remedy = "to start anew choose another --out_dir; to go on, set the values of the run"
-    require_same(config, fixed, config.out_dir, remedy)
-    if payload["data_fingerprint"] != run.data_fingerprint:
-        raise ValueError(
-            f"{config.out_dir}: began on dataset {payload['config']['dataset']!r}, and {config.dataset!r} holds other "
-            "tokens than it did then; restore that data, or choose another --out_dir"
-        )
-    if payload["step"] > config.max_steps:
-        raise ValueError(
-            f"{config.out_dir}: at step {payload['step']}, beyond --max_steps={config.max_steps}; raise it"
-        )
-    run.model.load_state_dict(payload["model"])
-    run.optimizer.load_state_dict(payload["optimizer"])
-    run.scaler.load_state_dict(payload["scaler"])
-    run.step, run.best_val_loss, run.wandb_id = (payload[key] for key in ("step", "best_val_loss", "wandb_id"))
-    torch.set_rng_state(payload["rng"]["cpu"])
-    if run.device.type == "cuda" and "cuda" in payload["rng"]:
-        torch.cuda.set_rng_state(payload["rng"]["cuda"], run.device)
-
-
-def require_same(config: TrainConfig, fixed: dict[str, Any], where: str, remedy: str) -> None:
-    """Raise ValueError naming each setting of `fixed`, but dropout, that differs in `config`."""
-    different = [f"{k} is {v} there, {getattr(config, k)} here" for k, v in fixed.items() if getattr(config, k) != v]
-    different = [text for text in different if not text.startswith("dropout ")]
-    if different:
-        raise ValueError(f"{where}: {', '.join(different)}; {remedy}")
-
-
-def save_run(config: TrainConfig, run: Run, rng: dict[str, torch.Tensor]) -> None:
-    """Save all that `restore` needs, as `last.pt`."""
-    payload = {
-        **weights_payload(config, run),
-        "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler.state_dict(),
-        "rng": rng,
-        "wandb_id": run.wandb_id,
-        "data_fingerprint": run.data_fingerprint,
-    }
-    checkpoint.save_last(Path(config.out_dir), payload)
-
-
-def weights_payload(config: TrainConfig, run: Run) -> dict[str, Any]:
-    return {
-        "model": run.model.state_dict(),
-        "model_config": checkpoint.model_config(config),
-        "tokenizer": run.tokenizer.to_json(),
-        "tokenizer_sha256": run.tokenizer.sha256,
-        "config": dataclasses.asdict(config),
-        "step": run.step,
-        "tokens": run.step * config.tokens_per_step,
-        "best_val_loss": run.best_val_loss,
-    }
-
-
-def keep_best(config: TrainConfig, run: Run, val_loss: float) -> None:
-    """Save the weights as `best.pt` if no evaluation before had so low a loss."""
-    if val_loss < run.best_val_loss:
-        run.best_val_loss = val_loss
-        checkpoint.save(Path(config.out_dir) / "best.pt", weights_payload(config, run))
-
-
-def evaluate(config: TrainConfig, run: Run, stream: TokenStream) -> dict[str, Any]:
+def evaluate(run: Run, stream: TokenStream) -> dict[str, Any]:
     """Loss, perplexity and bits per byte on the validation split, as an event of metrics.jsonl."""
-    limits = {"batch_size": config.batch_size, "max_tokens": config.eval_tokens}
+    limits = {"batch_size": run.config.batch_size, "max_tokens": run.config.eval_tokens}
     scored = evaluate_loss(run.model, stream, run.tokenizer, dtype=run.dtype, **limits)
     tqdm.write(
         f"step {run.step}: validation loss {scored['loss']:.4f}, perplexity {scored['perplexity']:.2f}, "
         f"{scored['bits_per_byte']:.4f} bits per byte"
     )
     figures = {"val_loss": scored["loss"], "perplexity": scored["perplexity"], "val_bpb": scored["bits_per_byte"]}
-    return {"step": run.step, "tokens": run.step * config.tokens_per_step, **figures}
+    return {"step": run.step, "tokens": run.tokens, **figures}
 
 
-def compile_model(run: Run, config: TrainConfig) -> None:
+def compile_model(run: Run) -> None:
     """Compile the model in place, trying it on one micro-batch; where that fails, warn and leave it as it was."""
     run.model.forward = torch.compile(run.model.forward, dynamic=False)
-    tokens = torch.zeros((config.batch_size, config.block_size), dtype=torch.int64, device=run.device)
+    tokens = torch.zeros((run.config.batch_size, run.config.block_size), dtype=torch.int64, device=run.device)
     try:
         with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []), autocast(run.device, run.dtype):
             run.model(tokens, tokens).backward()
@@ -356,20 +272,16 @@ def compile_model(run: Run, config: TrainConfig) -> None:
     run.optimizer.zero_grad(set_to_none=True)
 
 
-def require_finite(result: tuple[torch.Tensor, torch.Tensor], run: Run, saved_step: int) -> tuple[float, float]:
-    """Loss and gradient norm as numbers. Raises ValueError if one is not finite, before anything of it is saved."""
+def require_finite(result: tuple[torch.Tensor, torch.Tensor], run: Run) -> tuple[float, float]:
+    """Loss and gradient norm as numbers. Raises ValueError if one is not finite (in fp16 a norm may be: the scaler
+    left that step out)."""
     loss, grad_norm = (value.item() for value in result)
     if not math.isfinite(loss) or not (math.isfinite(grad_norm) or run.scaler.is_enabled()):
         raise ValueError(
-            f"step {run.step}: loss is {loss}, gradient norm {grad_norm}; what was saved at step {saved_step} is "
-            "intact: go on from it with a lower --learning_rate, --dtype=float32 or --compile=False"
+            f"step {run.step}: loss is {loss}, gradient norm {grad_norm}; the checkpoints in {run.config.out_dir} are "
+            "from before: go on from there with a lower --learning_rate or --dtype=float32"
         )
     return loss, grad_norm
-
-
-def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    return state if device.type != "cuda" else {**state, "cuda": torch.cuda.get_rng_state(device)}
 
 
 def progress_bar(config: TrainConfig, step: int) -> tqdm:

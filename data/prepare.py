@@ -133,7 +133,8 @@ def _write_unit(
     shards: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     counts = {split: Counter() for split in SPLITS}
     while unit["bytes_read"] < config.shard_bytes and not unit["last"]:
-        documents, n_bytes = _read_batch(records, unit)
+        limit = min(BATCH_BYTES, config.shard_bytes - unit["bytes_read"])
+        documents, n_bytes = _read_batch(records, unit, limit)
         unit["bytes_read"] += n_bytes
         bar.update(n_bytes)
         for document, ids in zip(documents, tokenizer.encode_documents([d.text for d in documents], pool), strict=True):
@@ -152,10 +153,13 @@ def _write_unit(
     return unit
 
 
-def _read_batch(records: Iterator[Document | Rejection], unit: dict[str, Any]) -> tuple[list[Document], int]:
-    """Documents of about BATCH_BYTES and their size; counts what it reads and rejects in `unit`, and marks the end."""
+def _read_batch(
+    records: Iterator[Document | Rejection], unit: dict[str, Any], limit: int
+) -> tuple[list[Document], int]:
+    """Documents of `limit` bytes of text or a little more, and their size. What it reads and rejects, and the end, it
+    notes in `unit`."""
     documents, n_bytes = [], 0
-    while n_bytes < BATCH_BYTES:
+    while n_bytes < limit:
         record = next(records, None)
         if record is None:
             unit["last"] = True

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Install everything into .venv and run the linter and the whole test suite. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+[ -e .venv ] || "${PYTHON:-python3}" -m venv .venv
+.venv/bin/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
+.venv/bin/python -m ruff check .
+.venv/bin/python -m ruff format --check .
+.venv/bin/python -m pytest "$@"

@@ -1,0 +1,69 @@
+"""The house keeps its plan: who imports whom, what imports do, and what the README says there is."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# A room may import the rooms named here and, of outside packages needed at import, the ones in the second set.
+ROOMS = {
+    "config": (set(), set()),
+    "tokenizer": (set(), {"numpy", "tiktoken"}),
+    "model": (set(), {"torch"}),
+    "device": (set(), {"torch"}),
+    "dataloader": (set(), {"numpy", "torch"}),
+    "metrics": (set(), set()),
+    "checkpoint": ({"model", "tokenizer"}, {"torch"}),
+    "data.sources": (set(), set()),
+    "data.prepare": ({"config", "tokenizer", "dataloader", "data.sources"}, {"numpy", "tqdm"}),
+    "eval_perplexity": ({"config", "model", "tokenizer", "device", "dataloader", "checkpoint"}, {"torch"}),
+    "sample": ({"config", "model", "tokenizer", "device", "checkpoint"}, {"torch"}),
+    "train": (
+        {"config", "model", "tokenizer", "device", "dataloader", "checkpoint", "metrics", "eval_perplexity", "sample"},
+        {"torch", "tqdm"},
+    ),
+}
+
+
+def room_files() -> dict[str, Path]:
+    files = [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files}
+    return {name: path for name, path in names.items() if name != "data.__init__"}
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """Modules imported when the file is."""
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return names
+
+
+def test_every_file_is_a_room_of_the_plan():
+    assert set(room_files()) == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_import_arrows_point_only_where_the_plan_allows(room):
+    rooms, packages = ROOMS[room]
+    names = imported(ast.parse(room_files()[room].read_text(encoding="utf-8")))
+    assert {name for name in names if name in ROOMS} <= rooms
+    outside = {name.split(".")[0] for name in names if name not in ROOMS} - set(sys.stdlib_module_names)
+    assert outside <= packages
+    earlier = list(ROOMS)[: list(ROOMS).index(room)]
+    assert rooms <= set(earlier), "a room imports only rooms above it in the list, so there are no circles"
+
+
+def test_importing_a_stage_does_nothing_visible():
+    code = (
+        "import torch; a = torch.initial_seed(); import train, sample, data.prepare; assert a == torch.initial_seed()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

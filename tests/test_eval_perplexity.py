@@ -1,0 +1,43 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from eval_perplexity import EvalConfig, evaluate, evaluate_loss
+from model import GPT, GPTConfig
+from tokenizer import load_tokenizer
+from train import train
+
+
+@pytest.mark.parametrize("max_tokens", [None, 700])
+def test_loss_equals_a_direct_computation(shards, max_tokens):
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(str(shards.path / "tokenizer.json"))
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=1000, vocab_size=512, dropout=0.5))
+    stream = shards.split("val")
+    stream.ends[-1] = 5500  # the first five blocks are enough
+    figures = evaluate_loss(
+        model, stream, tokenizer, batch_size=2, dtype=torch.float32, max_tokens=max_tokens and 3 * max_tokens
+    )
+    assert model.training
+    model.eval()
+    if max_tokens is None:  # all blocks, so their order does not matter
+        rows = torch.stack([torch.from_numpy(stream.read(i * 1000, 1001)) for i in range(5)])
+        with torch.no_grad():
+            nats = F.cross_entropy(model(rows[:, :-1]).double().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
+        n_bytes = sum(len(tokenizer.decode(r[1:]).replace("<|endoftext|>", "").encode()) for r in rows.tolist())
+        assert figures["loss"] == pytest.approx(nats.item() / 5000, abs=1e-6)
+        assert figures["bits_per_byte"] == pytest.approx(nats.item() / math.log(2) / figures["bytes"], rel=1e-6)
+        assert figures["bytes"] == pytest.approx(n_bytes, rel=1e-3)  # a block may begin or end within a character
+    assert figures["tokens"] == (5000 if max_tokens is None else 2000)
+    assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
+
+
+def test_the_program_scores_a_run_as_training_did(run_config, run_program):
+    trained = train(run_config)
+    arguments = (f"--out_dir={run_config.out_dir}", "--dtype=float32", "--max_tokens=512", "--batch_size=4")
+    code, out, _ = run_program(evaluate, EvalConfig, *arguments)
+    assert code == 0 and f"loss {trained['val_loss']:.4f} nats/token" in out
+    for wrong in ("--split=test", "--batch_size=0", "--dataset=missing"):
+        assert run_program(evaluate, EvalConfig, *arguments, wrong)[0] == 2

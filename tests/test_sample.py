@@ -1,0 +1,137 @@
+import io
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample as sample_module
+from model import GPT, GPTConfig
+from sample import SampleConfig, choose_token, generate, generate_tokens, sample, window_start
+from tokenizer import Tokenizer, load_tokenizer
+from train import train
+
+
+@pytest.fixture(scope="module")
+def tokenizer(shards) -> Tokenizer:
+    return load_tokenizer(str(shards.path / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=640)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    torch.nn.init.normal_(model.wpe.weight)  # so that greedy decoding does not end in a loop of one token
+    torch.nn.init.ones_(model.ln_f.weight)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_prompt", [1, 40, 64])
+def test_cached_decode_equals_full_forward_past_the_context(model, n_prompt):
+    prompt = torch.randint(0, 640, (2, n_prompt))
+    steps = generate_tokens(model, prompt, lambda logits: logits.argmax(-1))
+    decoded = torch.stack([next(steps) for _ in range(300)], dim=1)
+    tokens = prompt
+    for _ in range(300):
+        window = tokens[:, window_start(tokens.size(1), 64) :]
+        assert 32 < window.size(1) <= 64 or tokens.size(1) <= 64
+        tokens = torch.cat((tokens, model(window)[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(decoded, tokens[:, n_prompt:])
+    assert len(decoded.unique()) > 10
+
+
+def test_ids_beyond_the_vocabulary_are_never_sampled(model, tokenizer):
+    for temperature in (0.0, 5.0):
+        text = generate(model, tokenizer, "x", n_samples=8, max_new_tokens=100, temperature=temperature)
+        assert len(text) == 8  # an id of 512 to 639, a fifth of the model's rows, could not be decoded
+
+
+def test_end_of_text_and_stop_strings_end_a_sample(model, tokenizer, monkeypatch):
+    ids = tokenizer.encode("return x\n\nclass Foo:")
+
+    def script(steps):
+        return lambda *args: iter(torch.tensor([step]) for step in steps)
+
+    def write(steps, **options):
+        pieces = []
+        monkeypatch.setattr(sample_module, "generate_tokens", script(steps))
+        options = {"max_new_tokens": len(steps), **options}
+        texts = generate(model, tokenizer, "x", on_text=lambda row, text: pieces.append(text), **options)
+        assert "".join(pieces) == texts[0]
+        return texts[0]
+
+    assert write(ids) == "return x\n\nclass Foo:"
+    assert write([*ids, tokenizer.end_of_text, *ids]) == "return x\n\nclass Foo:"
+    assert write(ids, stop=["\nclass", "Foo"]) == "return x\n"
+    assert write(ids, stop=["nowhere", "\n\nclass B"]) == "return x\n\nclass Foo:"
+    assert write(tokenizer.encode("'🐍'")[:-3]) == "'\ufffd"
+
+
+def test_top_k_and_top_p_keep_what_they_say():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(2000, 1)
+
+    def drawn(**options):
+        settings = {"temperature": 1.0, "top_k": None, "top_p": None, **options}
+        return set(choose_token(logits, generator=torch.Generator().manual_seed(0), **settings).tolist())
+
+    assert drawn() == {0, 1, 2, 3} and drawn(top_k=2) == {0, 1} and drawn(top_k=9) == {0, 1, 2, 3}
+    assert drawn(top_p=0.79) == {0, 1} and drawn(top_p=0.81) == {0, 1, 2} and drawn(top_p=0.1) == {0}
+    assert drawn(temperature=0.0) == {0} and drawn(temperature=0.01) == {0}
+    share = (choose_token(logits, 1.0, None, None, torch.Generator().manual_seed(0)) == 0).float().mean()
+    assert share == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_seed_repeats_and_samples_differ(model, tokenizer):
+    options = {"n_samples": 3, "max_new_tokens": 20, "temperature": 1.0}
+    first = generate(model, tokenizer, "def ", seed=1, **options)
+    assert generate(model, tokenizer, "def ", seed=1, **options) == first
+    assert len(set(first)) == 3 and generate(model, tokenizer, "def ", seed=2, **options) != first
+
+
+def test_a_prompt_longer_than_the_context_is_cut_on_the_left_with_a_warning(model, tokenizer, capsys):
+    text = "x = 1\n" * 100
+    n = len(tokenizer.encode(text))
+    long = generate(model, tokenizer, text, max_new_tokens=5, temperature=0)
+    assert f"warning: the prompt has {n} tokens; the model sees the last 64" in capsys.readouterr().err
+    kept = tokenizer.decode(tokenizer.encode(text)[-64:])
+    assert generate(model, tokenizer, kept, max_new_tokens=5, temperature=0) == long
+
+
+def test_the_program_reads_a_prompt_from_anywhere_and_streams(run_config, run_program, tmp_path, monkeypatch):
+    train(run_config)
+    greedy = [f"--out_dir={run_config.out_dir}", "--temperature=0", "--max_new_tokens=40", "--device=cpu"]
+    code, out, err = run_program(sample, SampleConfig, *greedy, "--prompt", "def f(x):")
+    assert code == 0 and out.startswith("def f(x):") and "step 12" in err
+    (tmp_path / "prompt.py").write_text("def f(x):")
+    assert run_program(sample, SampleConfig, *greedy, f"--prompt_file={tmp_path / 'prompt.py'}")[1] == out
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"def f(x):")))
+    assert run_program(sample, SampleConfig, *greedy, "--prompt_file=-")[1] == out
+    several = run_program(sample, SampleConfig, *greedy, "--prompt=def f(x):", "--n_samples=2")[1]
+    assert several == f"--- sample 1 of 2\n{out}--- sample 2 of 2\n{out}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt="], "the prompt has no tokens"),
+        ([], "give a prompt, either --prompt=TEXT or --prompt_file=PATH"),
+        (["--prompt=x", "--prompt_file=y"], "give a prompt, either"),
+        (["--prompt_file=missing.txt"], "missing.txt"),
+        (["--prompt=x", "--temperature=-1"], "--temperature=-1.0: must be 0 or more"),
+        (["--prompt=x", "--top_p=0"], "--top_p=0.0: must be above 0"),
+        (["--prompt=x", "--stop="], "--stop=: wants a text"),
+        (["--prompt=x", "--stop=[1]"], "--stop=[1]: wants a text"),
+        (["--prompt=x", "--out_dir=nowhere"], "nowhere: no such checkpoint"),
+        (["--prompt=x", "--checkpoint=first"], "--checkpoint=first: not one of last, best"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, run_config, run_program):
+    if not (Path(run_config.out_dir) / "last.pt").exists():
+        train(run_config)
+    capture = run_program(sample, SampleConfig, f"--out_dir={run_config.out_dir}", *arguments)
+    assert capture[0] == 2
+    errors = [line for line in capture[2].splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0]

@@ -1,0 +1,216 @@
+import dataclasses
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import read
+from config import load_config
+from dataloader import Loader
+from train import TrainConfig, learning_rate, make_optimizer, open_dataset, start_run, train, train_step
+
+ROOT = Path(__file__).parent.parent
+
+
+def losses(out_dir: Path) -> list[tuple[int, float]]:
+    events = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(event["step"], event.get("loss", event.get("val_loss"))) for event in events]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """The weights, the optimizer's state and the loss of every step are equal, bit for bit."""
+    one, other = read(a / "last.pt"), read(b / "last.pt")
+    assert one["step"] == other["step"]
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+    for key, state in one["optimizer"]["state"].items():
+        assert all(torch.equal(value, other["optimizer"]["state"][key][name]) for name, value in state.items())
+    assert losses(a) == losses(b)
+
+
+def test_resume_matches_uninterrupted_run_after_kill_9(run_arguments, tmp_path, kills):
+    """Killed at random moments, with a save at every step so that many fall into one, and started again."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    settings = [*run_arguments, f"--max_steps={150 * kills}", "--checkpoint_interval=1"]
+    train(load_config(TrainConfig, [*settings, f"--out_dir={whole}"]))
+    command = [sys.executable, "train.py", *settings, f"--out_dir={cut}"]
+    chance, killed_at = random.Random(1), []
+    while len(killed_at) < kills:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        begun = (cut / "last.pt").stat().st_mtime if killed_at and (cut / "last.pt").exists() else 0.0
+        while process.poll() is None:  # wait until it trains, so that the moment falls within the training
+            if (cut / "last.pt").exists() and (cut / "last.pt").stat().st_mtime != begun:
+                time.sleep(chance.uniform(0.0, 0.8))
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
+        killed_at.append(losses(cut)[-1][0])
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    print("killed at steps", killed_at)
+    assert_same_run(whole, cut)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_before_leaving_and_the_run_goes_on(number, run_arguments, tmp_path):
+    never = ["--checkpoint_interval=1000000", "--max_steps=300", "--eval_interval=1000000"]
+    command = [sys.executable, "train.py", *run_arguments, *never, f"--out_dir={tmp_path / 'cut'}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "cut" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    step = read(tmp_path / "cut" / "last.pt")["step"]
+    assert 0 < step < 300 and f"saved step {step}" in err
+    settings = [*run_arguments, *never]
+    train(load_config(TrainConfig, [*settings, f"--out_dir={tmp_path / 'cut'}"]))
+    train(load_config(TrainConfig, [*settings, f"--out_dir={tmp_path / 'whole'}"]))
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_accumulated_gradients_equal_large_batch(run_config):
+    shards = open_dataset(run_config)
+    batch = Loader(shards.split("train"), run_config.block_size, 8, run_config.seed).batch(0)
+    after = []
+    for batch_size in (8, 2):
+        config = dataclasses.replace(run_config, batch_size=batch_size, dropout=0.0, grad_clip=None)
+        run = start_run(config, shards)
+        loss, norm = train_step(run, batch, lr=1e-3)
+        after.append((loss, norm, torch.cat([p.detach().flatten() for p in run.model.parameters()])))
+    (loss, norm, weights), (other_loss, other_norm, other_weights) = after
+    assert loss.item() == pytest.approx(other_loss.item(), rel=1e-6)
+    assert norm.item() == pytest.approx(other_norm.item(), rel=1e-5)
+    assert torch.allclose(weights, other_weights, atol=1e-6)
+    assert all(p.grad is None for p in run.model.parameters())
+
+
+def test_learning_rate_has_the_right_endpoints():
+    config = TrainConfig(max_steps=1000, warmup_steps=100, learning_rate=6e-4, min_lr=6e-5)
+    assert learning_rate(0, config) == pytest.approx(6e-6)
+    assert learning_rate(99, config) == learning_rate(100, config) == 6e-4
+    assert learning_rate(550, config) == pytest.approx((6e-4 + 6e-5) / 2)
+    assert learning_rate(1000, config) == pytest.approx(6e-5) and learning_rate(2000, config) == pytest.approx(6e-5)
+    rates = [learning_rate(step, config) for step in range(100, 1001)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_decay_falls_on_2d_weights_only(run_config):
+    model = start_run(run_config, open_dataset(run_config)).model
+    decayed, rest = make_optimizer(model, run_config, torch.device("cpu")).param_groups
+    assert decayed["weight_decay"] == 0.01 and rest["weight_decay"] == 0.0
+    assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in rest["params"]} == {1}
+
+
+def test_training_lowers_the_loss_and_reports_it(run_config):
+    config = dataclasses.replace(run_config, max_steps=60, learning_rate=3e-3, dropout=0.0, eval_interval=20)
+    figures = train(config)
+    assert figures["val_loss"] < math.log(512) - 0.5
+    assert figures["perplexity"] == pytest.approx(math.exp(figures["val_loss"]))
+    events = [json.loads(line) for line in (Path(config.out_dir) / "metrics.jsonl").read_text().splitlines()]
+    steps = [event for event in events if "loss" in event]
+    assert [event["step"] for event in steps] == list(range(1, 61))
+    expected = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "peak_memory_bytes"}
+    assert set(steps[0]) == expected and steps[-1]["tokens"] == 60 * 256
+    assert [event["step"] for event in events if "val_bpb" in event] == [20, 40, 60]
+
+
+def test_fine_tuning_starts_from_the_weights_of_another_run(run_config, tmp_path):
+    train(run_config)
+    config = dataclasses.replace(run_config, init_from=run_config.out_dir, out_dir=str(tmp_path / "tuned"), seed=2)
+    run = start_run(config, open_dataset(config))
+    weights = read(Path(run_config.out_dir) / "last.pt")["model"]
+    assert run.step == 0 and all(torch.equal(weights[k], v) for k, v in run.model.state_dict().items())
+    with pytest.raises(ValueError, match=r"--init_from=.*: n_layer is 2 there, 3 here; set those values here"):
+        start_run(dataclasses.replace(config, n_layer=3), open_dataset(config))
+
+
+def test_a_finished_run_started_again_reports_and_changes_nothing(run_config):
+    first = train(run_config)
+    before = (Path(run_config.out_dir) / "last.pt").read_bytes()
+    assert train(run_config)["val_loss"] == first["val_loss"]
+    assert (Path(run_config.out_dir) / "last.pt").read_bytes() == before
+    train(dataclasses.replace(run_config, max_steps=14, log_interval=7, learning_rate=1e-4))
+    assert read(Path(run_config.out_dir) / "last.pt")["step"] == 14
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--n_layer=3", "n_layer is 2 there, 3 here"),
+        ("--seed=7", "seed is 1337 there, 7 here"),
+        ("--tokens_per_step=512", "tokens_per_step is 256 there, 512 here"),
+        ("--max_steps=5", "at step 12, beyond --max_steps=5; raise it"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_shapes_or_data(change, message, run_arguments, run_config, run_program):
+    train(run_config)
+    before = (Path(run_config.out_dir) / "last.pt").read_bytes()
+    code, _, err = run_program(train, TrainConfig, *run_arguments, change)
+    assert code == 2 and message in err and err.count("\n") == 1
+    assert (Path(run_config.out_dir) / "last.pt").read_bytes() == before
+
+
+def test_a_run_does_not_go_on_with_a_dataset_prepared_anew(run_config, corpus, tmp_path):
+    from conftest import SHARD_SETTINGS
+
+    from data.prepare import PrepareConfig, prepare
+
+    train(run_config)
+    arguments = [f"--name={tmp_path / 'other'}", f"--source=files:{corpus}/*.gz", *SHARD_SETTINGS, "--seed=3"]
+    prepare(load_config(PrepareConfig, arguments))
+    with pytest.raises(ValueError, match="does not hold what that held"):
+        train(dataclasses.replace(run_config, dataset=str(tmp_path / "other")))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--dataset=missing", "data/shards/missing/meta.json: not found; prepare the data with"),
+        ("--vocab_size=640", "meta.json: vocab_size is 512, the model has 640; set --vocab_size=512"),
+        ("--vocab_size=511", "meta.json: vocab_size is 512, the model has 511; set --vocab_size=512"),
+        ("--tokens_per_step=300", "tokens_per_step is 300, not a multiple of batch_size x block_size, 128; set"),
+        ("--n_head=5", "n_embd is 32, not a multiple of n_head, 5"),
+        ("--device=tpu", "--device=tpu: not a device; use cuda, cuda:1, mps or cpu"),
+        ("--dtype=int8", "--dtype=int8: not one of float32, bfloat16, float16"),
+        ("--init_from=nowhere", "nowhere: no such checkpoint"),
+        ("--learning_rate=1e30", "a weight is not finite|loss is nan|gradient norm nan"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_no_checkpoint(change, message, run_arguments, run_config, run_program):
+    code, _, err = run_program(train, TrainConfig, *run_arguments, "--grad_clip=None", change)
+    assert code == 2
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and any(part in errors[0] for part in message.split("|"))
+    assert not (Path(run_config.out_dir) / "last.pt").exists()
+
+
+def test_a_compiler_that_fails_is_one_warning_and_training_goes_on(run_config, monkeypatch, capsys):
+    def no_compiler(function, **options):
+        def fail(*args):
+            raise RuntimeError("no C++ compiler\nwas found")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    compiled = train(dataclasses.replace(run_config, compile=True))
+    err = capsys.readouterr().err
+    assert err.count("warning: torch.compile failed (no C++ compiler); going on without it, slower") == 1
+    eager = train(dataclasses.replace(run_config, out_dir=f"{run_config.out_dir}-eager"))
+    assert compiled["val_loss"] == eager["val_loss"]
+
+
+def test_compiled_training_agrees_with_eager(run_config):
+    config = dataclasses.replace(run_config, n_layer=1, dropout=0.0)
+    eager = train(config)
+    compiled = train(dataclasses.replace(config, compile=True, out_dir=f"{run_config.out_dir}-compiled"))
+    assert compiled["val_loss"] == pytest.approx(eager["val_loss"], rel=1e-5)
+    state = read(Path(f"{run_config.out_dir}-compiled") / "last.pt")["model"]
+    assert "wte.weight" in state and not any("_orig_mod" in name for name in state)
