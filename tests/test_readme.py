@@ -1,0 +1,67 @@
+"""Every command of the README runs, as it stands, in a copy of the project whose configs are made small."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import python_documents, write_json_gz
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    for line in block.splitlines()
+    if line and not line.startswith("#")
+]
+
+# What a test cannot do: download a corpus; write to Colab's mounted Drive; run the test suite from within.
+NOT_HERE = ("hf download ", "python train.py configs/70m.py --out_dir=/content/drive/", "bash runs/test.sh")
+
+SMALL_DATA = "\nmax_tokens = 400_000\nval_fraction = 0.5\n"
+SMALL_RUN = "\nn_layer = 1\nmax_steps = 3\neval_tokens = 1024\nsample_interval = 3\ncompile = False\n"
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project as a clone has it, its configs cut down, with two files of the corpus in place."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True).split():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    changes = {
+        "configs/data/local.py": SMALL_DATA,
+        "configs/data/codeparrot.py": "\ntokenizer = 'train:512'\nval_fraction = 0.3\n",
+        "configs/tiny.py": SMALL_RUN,
+        "configs/70m.py": SMALL_RUN + "vocab_size = 512\nn_embd = 32\nbatch_size = 2\ntokens_per_step = 2048\n",
+    }
+    for name, text in changes.items():
+        (folder / name).write_text((folder / name).read_text() + text)
+    raw = folder / "data" / "raw" / "codeparrot-clean"
+    raw.mkdir(parents=True)
+    write_json_gz(raw / "file-000000000000.json.gz", python_documents())
+    (folder / ".venv").symlink_to(sys.prefix)
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_commands_run(command, copy):
+    if command.startswith(NOT_HERE):
+        pytest.skip("not in a test: it needs the network, a Drive, or would run this suite again")
+    words = shlex.split(command)
+    assert words[0] in ("python", "bash")
+    program = sys.executable if words[0] == "python" else words[0]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    result = subprocess.run([program, *words[1:]], cwd=copy, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "Traceback" not in result.stderr and (result.stdout or result.stderr)
+
+
+def test_the_file_map_names_every_file():
+    files = [path.relative_to(ROOT) for path in [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]]
+    assert [str(path) for path in files if f"`{path}`" not in README and path.name != "__init__.py"] == []
