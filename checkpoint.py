@@ -6,6 +6,7 @@ tokenizer's file in it, so that it is all one needs to sample.
 """
 
 import dataclasses
+import errno
 import math
 import os
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from atomic import atomic_write
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer
 
@@ -79,6 +81,8 @@ def restore_run(run: Run) -> bool:
     payload = read_newest(Path(config.out_dir), set_aside=True)
     if payload is None:
         return False
+    if "optimizer" not in payload:
+        raise ValueError(f"{config.out_dir}/last.pt: weights alone, as in best.pt; start a new run with --init_from")
     fixed = {**payload["model_config"], **{key: payload["config"][key] for key in ("seed", "tokens_per_step")}}
     require_same(config, fixed, config.out_dir, "set the values of the run to go on, or start another with --out_dir")
     if payload["data_fingerprint"] != run.data_fingerprint:
@@ -91,12 +95,14 @@ def restore_run(run: Run) -> bool:
             f"{config.out_dir}: at step {payload['step']}, beyond --max_steps={config.max_steps}; raise it"
         )
     run.model.load_state_dict(payload["model"])
-    run.optimizer.load_state_dict(payload["optimizer"])
-    run.scaler.load_state_dict(payload["scaler"])
+    groups = run.optimizer.state_dict()["param_groups"]  # with the weight decay and betas that are asked for now
+    run.optimizer.load_state_dict({"state": payload["optimizer"]["state"], "param_groups": groups})
+    if payload["scaler"]:  # empty if the run had no use for one, on other hardware
+        run.scaler.load_state_dict(payload["scaler"])
     run.step, run.best_val_loss, run.wandb_id = (payload[key] for key in ("step", "best_val_loss", "wandb_id"))
     torch.set_rng_state(payload["rng"]["cpu"])
-    if run.device.type == "cuda" and "cuda" in payload["rng"]:
-        torch.cuda.set_rng_state(payload["rng"]["cuda"], run.device)
+    if run.device.type in payload["rng"] and run.device.type != "cpu":
+        getattr(torch, run.device.type).set_rng_state(payload["rng"][run.device.type])
     return True
 
 
@@ -111,23 +117,16 @@ def require_same(config: GPTConfig, fixed: dict[str, Any], where: str, remedy: s
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     """The state of torch's random generators that training draws from."""
     state = {"cpu": torch.get_rng_state()}
-    return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+    return state if device.type == "cpu" else {**state, device.type: getattr(torch, device.type).get_rng_state()}
 
 
 def save(path: Path, payload: dict[str, Any], keep: Path | None = None) -> None:
-    """Write `payload` under a temporary name, flush it to the disk, then rename it to `path`; a file already there is
-    first renamed to `keep`, if given. Raises OSError when the disk refuses, and `path` is then as it was."""
-    temporary = path.with_suffix(".tmp")
+    """Write `payload` to `path`, whole or not at all; a file already there is first renamed to `keep`, if given.
+    Raises OSError when the disk refuses, and `path` is then as it was."""
     try:
-        with open(temporary, "wb") as file:
+        with atomic_write(path, "wb", keep) as file:
             torch.save({"format": FORMAT, **payload}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's writer turns some failures of the disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
         reason = str(error).split("\n")[0]
         raise OSError(
             f"{path}: could not be saved ({reason}); the checkpoint before it is intact: "
@@ -150,7 +149,11 @@ def read(path: Path, mmap: bool = False) -> dict[str, Any]:
         raise ValueError(
             f"{path}: no such checkpoint; train one with python train.py, or name another --out_dir"
         ) from None
-    except Exception:  # a zip, pickle, I/O or decoding error: whatever a damaged file leads torch's reader to
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as error:  # a zip, pickle or decoding error: whatever a damaged file leads torch's reader to
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the disk's fault, not the file's
+            raise
         raise ValueError(f"{path}: damaged, or not a checkpoint; use another, or delete it") from None
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise ValueError(f"{path}: a torch file, but not a checkpoint of this project; name another --out_dir")
@@ -176,7 +179,8 @@ def read_newest(out_dir: Path, mmap: bool = False, set_aside: bool = False) -> d
                 os.replace(bad, bad.with_suffix(".damaged"))
         return payload
     if damaged:
-        raise ValueError(f"{next(iter(damaged.values()))}; none in {out_dir} can be read: to start anew, move it away")
+        first = next(iter(damaged.values()))
+        raise ValueError(f"{first}; none in {out_dir} can be read; to start anew choose another --out_dir")
     return None
 
 

@@ -50,6 +50,9 @@ def run_stage(entry: Callable[[Config], Any], cls: type[Config]) -> None:
     An error counts as the user's if it is an OSError, or a ValueError raised by a `raise` of this project. Any
     other ValueError (`B, T = x.shape` on three dimensions, say) is a bug and keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a character that the terminal lacks must not end a run
     try:
         entry(load_config(cls))
     except KeyboardInterrupt:
@@ -72,7 +75,8 @@ def format_config(config: Any) -> str:
 
 def help_text(cls: type) -> str:
     """Usage, then each field of `cls` with its type, default and trailing comment."""
-    program = f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else "python -m " + Path(sys.argv[0]).stem
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # known if it runs as `python -m`
+    program = f"python -m {spec.name}" if spec is not None else f"python {sys.argv[0]}"
     comments = {}
     for base in reversed(cls.__mro__):
         if dataclasses.is_dataclass(base):
@@ -87,7 +91,7 @@ def help_text(cls: type) -> str:
 
 def _is_for_the_user(error: Exception) -> bool:
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    ours = Path(frame.filename).is_relative_to(Path(__file__).resolve().parent)
+    ours = Path(frame.filename).resolve().is_relative_to(Path(__file__).resolve().parent)
     return ours and "site-packages" not in frame.filename and (frame.line or "").startswith("raise ")
 
 
@@ -115,7 +119,8 @@ def _known_key(cls: type, key: str, where: str) -> None:
     if key not in names:
         nearest = difflib.get_close_matches(key.replace("-", "_"), names, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else "--help lists the known ones"
-        raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+        scratch = "" if where.startswith("--") else " (a file's own names begin with _)"
+        raise ValueError(f"{where}: unknown key {key!r}; {hint}{scratch}")
 
 
 def _read_flag(cls: type, argument: str, following: list[str]) -> tuple[str, Any]:
@@ -141,7 +146,7 @@ def _from_text(text: str, hint: Any, where: str) -> Any:
         return text
     try:
         value = ast.literal_eval(text.capitalize() if text.lower() in ("true", "false") else text.strip())
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # what literal_eval may raise
         value = text
     return _checked(value, hint, where)
 
@@ -149,7 +154,7 @@ def _from_text(text: str, hint: Any, where: str) -> Any:
 def _checked(value: Any, hint: Any, where: str) -> Any:
     """`value` if it is of a type of `hint`; an int becomes a float where one is wanted."""
     kinds = _types(hint)
-    if type(value) is int and float in kinds and int not in kinds:
+    if type(value) is int and float in kinds and int not in kinds and abs(value) < 1e300:
         return float(value)
     if type(value) not in kinds:
         raise ValueError(f"{where}: wants {_type_name(hint)}, got {type(value).__name__} {value!r}")
@@ -164,7 +169,7 @@ def _read_file(cls: type, path: str) -> dict[str, Any]:
         raise ValueError(f"{path}: no such config file; {hint}")
     namespace: dict[str, Any] = {"__file__": path}
     try:
-        exec(compile(file.read_text(encoding="utf-8"), path, "exec"), namespace)
+        exec(compile(file.read_text(encoding="utf-8-sig"), path, "exec"), namespace)
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = getattr(error, "lineno", None) or (lines or ["?"])[-1]

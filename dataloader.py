@@ -7,12 +7,13 @@ end-of-text. A batch is a function of (seed, step, rank) alone, so resuming need
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from atomic import atomic_write
 
 SPLITS = ("train", "val")
 
@@ -20,12 +21,8 @@ SPLITS = ("train", "val")
 def write_shard(path: Path, tokens: np.ndarray, vocab_size: int) -> dict[str, Any]:
     """Write ids to `path`, whole or not at all; returns the shard's entry in meta.json: file, tokens, sha256."""
     dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
+    with atomic_write(path, "wb") as file:
         np.save(file, tokens.astype(dtype))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
     return {"file": path.name, "tokens": len(tokens), "sha256": _sha256(path)}
 
 

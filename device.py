@@ -1,5 +1,6 @@
 """Where a model runs and in which arithmetic: device, precision, peak speed, memory used."""
 
+import re
 import sys
 
 import torch
@@ -29,7 +30,8 @@ def resolve_device(name: str | None) -> torch.device:
     except RuntimeError:
         raise ValueError(f"--device={name}: not a device; use cuda, cuda:1, mps or cpu") from None
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if not available.get(device.type, False):
+    missing = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    if missing or not available.get(device.type, False):
         raise ValueError(f"--device={name}: this machine has none that torch can use; leave it out or use cpu")
     return device
 
@@ -61,7 +63,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

@@ -32,6 +32,13 @@ class EvalConfig:
     device: str | None = None  # cuda, mps or cpu; None takes the best there is
     dtype: str | None = None  # of the matrix products: float32, bfloat16, float16; None takes the device's native one
 
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise ValueError(f"--split={self.split}: not one of {', '.join(SPLITS)}")
+        for name in ("batch_size", "max_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+
 
 @torch.no_grad()
 def evaluate_loss(
@@ -78,10 +85,6 @@ def evaluate_loss(
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Load the run, score the split, print the figures and return them."""
-    if config.split not in SPLITS:
-        raise ValueError(f"--split={config.split}: not one of {', '.join(SPLITS)}")
-    if config.batch_size < 1:
-        raise ValueError(f"--batch_size={config.batch_size}: must be at least 1")
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     model, tokenizer, payload = load(config.out_dir, device, config.checkpoint)

@@ -1,11 +1,13 @@
 """What a run reports: metrics.jsonl, one JSON object an event, and Weights & Biases when asked for."""
 
 import json
-import os
+import math
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from atomic import atomic_write
 
 
 class MetricsLog:
@@ -17,12 +19,13 @@ class MetricsLog:
 
     def __init__(self, path: Path, resume_step: int, wandb_run: Any = None):
         self.path, self.wandb_run = path, wandb_run
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if _step(line) <= resume_step]
-        path.with_suffix(".tmp").write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(path.with_suffix(".tmp"), path)
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        with atomic_write(path) as file:
+            file.writelines(line + "\n" for line in lines if _step(line) <= resume_step)
 
     def write(self, event: dict[str, Any]) -> None:
+        infinite = [key for key, value in event.items() if isinstance(value, float) and not math.isfinite(value)]
+        event = {**event, **dict.fromkeys(infinite)}  # JSON has no infinity; a gradient that overflowed becomes null
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
         if self.wandb_run is not None:

@@ -5,8 +5,8 @@
 
 Past the end of the context the window moves on by half a context at a time: the token after n tokens is predicted from
 those from place s = window_start(n, block_size) on, at positions that count from 0 at s. The cache is refilled at each
-move, which adds one token of prefill to each token's step, and what is sampled is what full forward passes over the
-same windows would give.
+move, on average one more token of work for each token sampled, and what is sampled is what full forward passes over
+the same windows would give.
 """
 
 import json
@@ -45,6 +45,8 @@ class SampleConfig:
             raise ValueError("--n_samples and --max_new_tokens must be at least 1")
         if self.temperature < 0:
             raise ValueError(f"--temperature={self.temperature}: must be 0 or more")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed={self.seed}: must be 0 or more, and below 2**63")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"--top_k={self.top_k}: must be at least 1, or None")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -129,7 +131,7 @@ def choose_token(
     logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
 ) -> torch.Tensor:
     """A token for each row of logits (B, V): the likeliest at temperature 0, else drawn after top-k, then top-p."""
-    if temperature == 0:
+    if temperature < 1e-6:  # smaller ones overflow
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k is not None:
@@ -176,8 +178,6 @@ def sample(config: SampleConfig) -> list[str]:
     model, tokenizer, payload = load(out_dir, device, config.checkpoint)
     model.to(DTYPES[config.dtype])
     print(f"{out_dir}, step {payload['step']}, {model.n_parameters():,} parameters, {device}", file=sys.stderr)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end the program
     streaming = config.n_samples == 1
     if streaming:
         print(prompt, end="", flush=True)
@@ -203,10 +203,10 @@ def sample(config: SampleConfig) -> list[str]:
 
 
 def _latest_run() -> str:
-    runs = sorted(Path("out").glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+    runs = [path for name in ("last.pt", "previous.pt") for path in Path("out").glob(f"*/{name}")]
     if not runs:
         raise ValueError("out: no run with a checkpoint; train one with python train.py, or name it with --out_dir")
-    return str(runs[-1].parent)
+    return str(max(runs, key=lambda path: path.stat().st_mtime).parent)
 
 
 def _read_prompt(config: SampleConfig) -> str:
@@ -214,6 +214,8 @@ def _read_prompt(config: SampleConfig) -> str:
         raise ValueError("give a prompt, either --prompt=TEXT or --prompt_file=PATH (- for standard input)")
     if config.prompt is not None:
         return config.prompt
+    if config.prompt_file == "-" and sys.stdin is None:
+        raise ValueError("--prompt_file=-: standard input is closed; give --prompt=TEXT")
     try:
         data = sys.stdin.buffer.read() if config.prompt_file == "-" else Path(config.prompt_file).read_bytes()
         return data.decode("utf-8")
@@ -224,11 +226,12 @@ def _read_prompt(config: SampleConfig) -> str:
 def _read_stops(text: str | None) -> list[str]:
     if text is None:
         return []
-    unescaped = text.replace("\\n", "\n").replace("\\t", "\t")
     try:
-        stops = json.loads(text, strict=False) if text.startswith("[") else [unescaped]
+        stops = json.loads(text, strict=False) if text.startswith("[") else None
     except ValueError:
-        stops = None
+        stops = None  # a text that happens to begin with a bracket
+    if not isinstance(stops, list):
+        stops = [text.replace("\\n", "\n").replace("\\t", "\t")]
     if not stops or not all(isinstance(stop, str) and stop for stop in stops):
         raise ValueError(f"--stop={text}: wants a text, or a JSON list of texts, none of them empty")
     return stops

@@ -10,7 +10,6 @@ the character of that number. The same tokenizer always makes the same file, so 
 import codecs
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
+
+from atomic import atomic_write
 
 END_OF_TEXT = "<|endoftext|>"
 NAMED = ("cl100k_base", "gpt2")
@@ -37,13 +38,18 @@ class Tokenizer:
         """The ids of `text` as ordinary text. A lone surrogate, which has no UTF-8 form, becomes U+FFFD."""
         return self.encoding.encode_ordinary(text)
 
-    def encode_documents(self, texts: Sequence[str], pool: ThreadPoolExecutor) -> list[np.ndarray]:
-        """The ids of each text, then end-of-text, as arrays of uint32. The encoder releases the interpreter's lock,
-        so the threads of `pool` work side by side."""
+    def encode_documents(self, texts: Sequence[str], pool: ThreadPoolExecutor) -> list[np.ndarray | None]:
+        """The ids of each text, then end-of-text, as arrays of uint32; None for a text on which tiktoken's regular
+        expressions give up (a run of a million spaces). The encoder releases the interpreter's lock, so the threads of
+        `pool` work side by side."""
         return list(pool.map(self._encode_document, texts))
 
-    def _encode_document(self, text: str) -> np.ndarray:
-        return np.append(self.encoding.encode_to_numpy(text, disallowed_special=()), np.uint32(self.end_of_text))
+    def _encode_document(self, text: str) -> np.ndarray | None:
+        try:
+            ids = self.encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:
+            return None
+        return np.append(ids, np.uint32(self.end_of_text))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
@@ -84,8 +90,8 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write the tokenizer's file, whole or not at all."""
-        path.with_suffix(".tmp").write_text(self.to_json(), encoding="utf-8")
-        os.replace(path.with_suffix(".tmp"), path)
+        with atomic_write(path) as file:
+            file.write(self.to_json())
 
 
 class StreamDecoder:
@@ -127,8 +133,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     import rustbpe  # only training needs it
 
-    if vocab_size < 257:
-        raise ValueError(f"vocab_size is {vocab_size}; a byte-level tokenizer needs 256 bytes and end-of-text: 257")
+    if not 257 <= vocab_size <= 2**20:
+        raise ValueError(f"a tokenizer of {vocab_size} ids: it takes 256 bytes and end-of-text, 257, to 2**20")
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(iter(texts), vocab_size - 1)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}

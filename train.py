@@ -11,9 +11,7 @@ and started again ends with the same weights, bit for bit, as one that was not.
 
 import dataclasses
 import math
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from config import format_config, run_stage
 from dataloader import Loader, Shards, TokenStream, open_shards
 from device import autocast, peak_flops, peak_memory_bytes, resolve_device, resolve_dtype
 from eval_perplexity import evaluate_loss
+from interruption import Interruption
 from metrics import MetricsLog, Throughput, start_wandb
 from model import GPT, GPTConfig
 from sample import generate
@@ -70,6 +69,15 @@ class TrainConfig(GPTConfig):
         for name in (*counts, "checkpoint_interval", "sample_interval"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        for name in ("warmup_steps", "weight_decay", "min_lr", "checkpoint_minutes", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if self.learning_rate <= 0 or (self.grad_clip is not None and self.grad_clip <= 0) or self.seed >= 2**63:
+            raise ValueError("learning_rate and grad_clip must be above 0, or grad_clip None, and seed below 2**63")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(f"beta1 is {self.beta1}, beta2 {self.beta2}; both must be at least 0 and below 1")
+        if self.sample_interval is not None and not self.sample_prompt:
+            raise ValueError("sample_prompt is empty; give it a character, or set --sample_interval=None")
         micro_tokens = self.batch_size * self.block_size
         if self.tokens_per_step % micro_tokens:
             nearest = max(1, round(self.tokens_per_step / micro_tokens)) * micro_tokens
@@ -101,9 +109,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
         f"{out_dir}: {run.model.n_parameters():,} parameters, {run.device}, {str(run.dtype).removeprefix('torch.')}, "
         f"{len(loader.stream):,} tokens of {shards.path}, from step {run.step} to {config.max_steps}"
     )
-    if config.compile and run.step < config.max_steps:
-        compile_model(run)
-    figures = train_loop(run, loader, val_stream, metrics)
+    try:
+        if config.compile and run.step < config.max_steps:
+            compile_model(run)
+        figures = train_loop(run, loader, val_stream, metrics)
+    except torch.OutOfMemoryError:
+        raise ValueError(
+            f"out of memory at batch_size {config.batch_size}; the run is as last saved: set --batch_size="
+            f"{max(1, config.batch_size // 2)} and run the same command (the tokens of a step stay the same)"
+        ) from None
     print(
         f"{out_dir}: step {run.step}, {run.tokens:,} tokens, validation loss "
         f"{figures['val_loss']:.4f}, perplexity {figures['perplexity']:.3f}, {figures['val_bpb']:.4f} bits per byte"
@@ -265,6 +279,8 @@ def compile_model(run: Run) -> None:
     try:
         with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []), autocast(run.device, run.dtype):
             run.model(tokens, tokens).backward()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # no C++ compiler, an unsupported platform or Python: the compiler raises anything
         del run.model.forward
         reason = str(error).strip().split("\n")[0]
@@ -287,38 +303,6 @@ def require_finite(result: tuple[torch.Tensor, torch.Tensor], run: Run) -> tuple
 def progress_bar(config: TrainConfig, step: int) -> tqdm:
     interval = 0.5 if sys.stderr.isatty() else 10.0
     return tqdm(total=config.max_steps, initial=step, unit="step", mininterval=interval, dynamic_ncols=True)
-
-
-class Interruption:
-    """While entered, SIGINT, SIGTERM and SIGHUP are noted, so that the loop can save before leaving. A second one acts
-    as it always does. True when called after one came."""
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "Interruption":
-        if threading.current_thread() is threading.main_thread():
-            names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-            numbers = [getattr(signal, name) for name in names]
-            handled = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup stays nohup
-            self.previous = {number: signal.signal(number, self._note) for number in handled}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def __call__(self) -> bool:
-        return self.signum is not None
-
-    def leave(self, message: str) -> None:
-        print(message, file=sys.stderr)
-        raise SystemExit(128 + (self.signum or 0))
-
-    def _note(self, signum: int, frame: object) -> None:
-        self.signum = signum
-        self.__exit__()
 
 
 if __name__ == "__main__":

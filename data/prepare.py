@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from atomic import atomic_write
 from config import format_config, run_stage
 from data.sources import Document, Rejection, Source, open_source
 from dataloader import SPLITS, open_shards, shards_path, write_shard
@@ -47,8 +49,11 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction is {self.val_fraction}; it must be above 0 and below 1")
-        if self.shard_bytes < 1 or self.tokenizer_sample_bytes < 1 or (self.max_tokens or 1) < 1:
-            raise ValueError("shard_bytes, tokenizer_sample_bytes and max_tokens must be at least 1")
+        for name in ("shard_bytes", "tokenizer_sample_bytes", "max_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if not self.name:
+            raise ValueError("name is empty; give the folder to make under data/shards")
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
@@ -63,33 +68,37 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         print(f"{path}: every file is as it was written")
         return shards.meta
     print(format_config(config))
-    if path.exists():
+    if os.path.lexists(path):
         return _existing(path, config)
     source = open_source(config.source)
     work = path.with_name(path.name + ".partial")
     _begin(work, {**_settings(config), "source_fingerprint": source.fingerprint})
-    tokenizer = _tokenizer(work, source, config)
+    try:
+        tokenizer = _tokenizer(work, source, config)
+    except ValueError:
+        shutil.rmtree(work)
+        raise
     units = _write_units(work, source, tokenizer, config)
     splits = {split: _total([unit[split] for unit in units if unit[split]]) for split in SPLITS}
+    rejected = dict(sum((Counter(unit["rejected"]) for unit in units), Counter()))
     if not all(splits[split]["tokens"] for split in SPLITS):
         shutil.rmtree(work)
         raise ValueError(
             f"--source={config.source}: {splits['train']['documents']} documents for training, "
-            f"{splits['val']['documents']} for validation; each needs one: add repositories or change --val_fraction"
+            f"{splits['val']['documents']} for validation, skipped: {rejected or 'none'}; each split needs one: "
+            "mend what was skipped, add repositories or change --val_fraction"
         )
     meta = {
         "settings": _settings(config),
         "tokenizer": tokenizer.name,
         "tokenizer_sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
-        "rejected": dict(sum((Counter(unit["rejected"]) for unit in units), Counter())),
+        "rejected": rejected,
         "splits": splits,
     }
     _write_json(work / "meta.json", meta)
-    for note in work.glob("unit_*.json"):
-        note.unlink()
-    (work / "settings.json").unlink()
-    os.replace(work, path)
+    os.replace(work, path)  # before the notes go: without them an unfinished folder would lose its finished units
+    _remove_notes(path)
     _report(path, meta)
     return meta
 
@@ -106,7 +115,7 @@ def _write_units(work: Path, source: Source, tokenizer: Tokenizer, config: Prepa
     records = source.records(skip=sum(unit["records"] for unit in units))
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(desc="tokenizing", total=source.size_bytes, initial=done_bytes, unit="B", unit_scale=True) as bar,
+        _progress_bar("tokenizing", source.size_bytes, done_bytes) as bar,
     ):
         while not (units and units[-1]["last"]):
             tokens_left = None
@@ -141,6 +150,9 @@ def _write_unit(
             if tokens_left is not None and tokens_left <= 0:
                 unit["last"] = True
                 break
+            if ids is None:
+                _reject(Rejection("cannot be tokenized", f"{document.repo}: {document.path}"), unit)
+                continue
             split = split_of(document.repo, config.seed, config.val_fraction)
             shards[split].append(ids)
             counts[split].update(documents=1, bytes=len(document.text.encode()))
@@ -166,14 +178,20 @@ def _read_batch(
             break
         unit["records"] += 1
         if isinstance(record, Rejection):
-            tqdm.write(f"skipped, {record.reason}: {record.where}")
-            unit["rejected"][record.reason] += 1
+            _reject(record, unit)
         elif not record.text.strip():
             unit["rejected"]["empty"] += 1
         else:
             documents.append(record)
             n_bytes += len(record.text.encode())
     return documents, n_bytes
+
+
+def _reject(rejection: Rejection, unit: dict[str, Any]) -> None:
+    """Count a rejection in `unit`, and print the first few of each reason."""
+    unit["rejected"][rejection.reason] += 1
+    if unit["rejected"][rejection.reason] <= 5:
+        tqdm.write(f"skipped, {rejection.reason}: {rejection.where}")
 
 
 def _tokenizer(work: Path, source: Source, config: PrepareConfig) -> Tokenizer:
@@ -196,7 +214,7 @@ def _tokenizer_sample(source: Source, config: PrepareConfig) -> Iterator[str]:
     """Training documents, chosen by a hash of repository and path, up to `tokenizer_sample_bytes`."""
     rate = config.tokenizer_sample_bytes / max(1, source.size_bytes)
     left = config.tokenizer_sample_bytes
-    with tqdm(desc="sampling for the tokenizer", total=min(left, source.size_bytes), unit="B", unit_scale=True) as bar:
+    with _progress_bar("sampling for the tokenizer", min(left, source.size_bytes)) as bar:
         for record in source.records(skip=0):
             if isinstance(record, Rejection) or split_of(record.repo, config.seed, config.val_fraction) == "val":
                 continue
@@ -211,7 +229,7 @@ def _tokenizer_sample(source: Source, config: PrepareConfig) -> Iterator[str]:
 
 def _begin(work: Path, settings: dict[str, Any]) -> None:
     """Make the folder of work, or take up the one a killed run left, if it was making the same."""
-    if (work / "settings.json").exists():
+    if (work / "tokenizer.json").exists():  # before that nothing is worth keeping
         _compare(work, json.loads((work / "settings.json").read_text()), settings)
         print(f"{work}: going on where an earlier run stopped")
     else:
@@ -221,7 +239,10 @@ def _begin(work: Path, settings: dict[str, Any]) -> None:
 
 
 def _existing(path: Path, config: PrepareConfig) -> dict[str, Any]:
+    if not (path / "meta.json").is_file():
+        raise ValueError(f"{path}: is there already, and holds no shards; delete it, or choose another --name")
     meta = open_shards(config.name).meta
+    _remove_notes(path)
     _compare(path, meta["settings"], _settings(config))
     print(f"{path}: prepared already; delete it to prepare it again")
     _report(path, meta)
@@ -229,6 +250,8 @@ def _existing(path: Path, config: PrepareConfig) -> dict[str, Any]:
 
 
 def _compare(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if "source_fingerprint" in wanted and found["source_fingerprint"] != wanted["source_fingerprint"]:
+        raise ValueError(f"{path}: the source's files have changed since it was begun; delete it to begin anew")
     different = [f"{key} was {found.get(key)!r}, is {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]]
     if different:
         raise ValueError(
@@ -239,6 +262,11 @@ def _compare(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
 def _settings(config: PrepareConfig) -> dict[str, Any]:
     """What decides the shards' content, and so what must not change between a run and its continuation."""
     return {key: value for key, value in dataclasses.asdict(config).items() if key not in ("name", "verify")}
+
+
+def _remove_notes(path: Path) -> None:
+    for note in (*path.glob("unit_*.json"), path / "settings.json"):
+        note.unlink(missing_ok=True)
 
 
 def _total(entries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -257,14 +285,19 @@ def _report(path: Path, meta: dict[str, Any]) -> None:
         print(f"  skipped, {reason}: {count:,}")
 
 
+def _progress_bar(what: str, total: int, initial: int = 0) -> tqdm:
+    interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file gets few lines
+    return tqdm(desc=what, total=total, initial=initial, unit="B", unit_scale=True, mininterval=interval)
+
+
 def _fraction(key: str) -> float:
     """A number in [0, 1) that depends on `key` alone."""
     return int.from_bytes(hashlib.sha256(key.encode("utf-8", "replace")).digest()[:8], "big") / 2**64
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.with_suffix(".tmp").write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(path.with_suffix(".tmp"), path)
+    with atomic_write(path) as file:
+        json.dump(value, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -54,12 +54,12 @@ class LocalSource:
 
     def __init__(self, folders: dict[Path, str]):
         self.files = sorted(
-            (_package(path.relative_to(folder), prefix), str(path.relative_to(folder)), path, path.stat().st_size)
+            (_package(path.relative_to(folder), prefix), str(path.relative_to(folder)), path, path.stat())
             for folder, prefix in folders.items()
             for path in _python_files(folder)
         )
-        self.size_bytes = sum(size for *_, size in self.files)
-        self.fingerprint = _digest(f"{repo} {name} {size}" for repo, name, _, size in self.files)
+        self.size_bytes = sum(stat.st_size for *_, stat in self.files)
+        self.fingerprint = _digest(f"{repo} {name} {_version(stat)}" for repo, name, _, stat in self.files)
 
     def records(self, skip: int) -> Iterator[Document | Rejection]:
         for repo, name, path, _ in self.files[skip:]:
@@ -80,10 +80,9 @@ class JsonLinesSource:
         self.files = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(name)]
         if not self.files:
             raise ValueError(f"--source=files:{pattern}: no file matches; check the path, and quote the pattern")
-        sizes = [path.stat().st_size for path in self.files]
-        ratios = (self.GZIP_RATIO if path.suffix == ".gz" else 1 for path in self.files)
-        self.size_bytes = int(sum(size * ratio for size, ratio in zip(sizes, ratios, strict=True)))
-        self.fingerprint = _digest(f"{path} {size}" for path, size in zip(self.files, sizes, strict=True))
+        ratios = {path: self.GZIP_RATIO if path.suffix == ".gz" else 1 for path in self.files}
+        self.size_bytes = int(sum(path.stat().st_size * ratio for path, ratio in ratios.items()))
+        self.fingerprint = _digest(f"{path} {_version(path.stat())}" for path in self.files)
 
     def records(self, skip: int) -> Iterator[Document | Rejection]:
         for path in self.files:
@@ -98,6 +97,8 @@ class JsonLinesSource:
 
 
 def _document(line: bytes, where: str) -> Document | Rejection:
+    if not line.strip():
+        return Rejection("empty", where)
     try:
         row = json.loads(line)
         text, repo = row["content"], row["repo_name"]
@@ -117,7 +118,9 @@ def _lines(path: Path) -> Iterator[bytes | Rejection]:
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             yield from file
-    except (EOFError, OSError, zlib.error) as error:
+    except PermissionError:
+        yield Rejection("unreadable", f"{path}: no permission")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:  # any other OSError is the disk's: it stops the run
         yield Rejection("file breaks off", f"{path}: {error}")
 
 
@@ -149,6 +152,10 @@ def _package(path: Path, prefix: str) -> str:
     if vendored:
         return Path(path.parts[vendored[-1] + 1]).stem
     return prefix + Path(path.parts[0]).stem
+
+
+def _version(stat: os.stat_result) -> str:
+    return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
 def _digest(lines: Iterator[str]) -> str:

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-[ -e .venv ] || "${PYTHON:-python3}" -m venv .venv
+.venv/bin/python -m pip --version >/dev/null 2>&1 || "${PYTHON:-python3}" -m venv .venv
 .venv/bin/python -m pip install --quiet -r requirements.txt -c constraints.txt
 .venv/bin/python -m data.prepare configs/data/local.py
 .venv/bin/python train.py configs/tiny.py

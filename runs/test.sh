@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-[ -e .venv ] || "${PYTHON:-python3}" -m venv .venv
+.venv/bin/python -m pip --version >/dev/null 2>&1 || "${PYTHON:-python3}" -m venv .venv
 .venv/bin/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .

@@ -36,7 +36,7 @@ def test_a_truncated_newest_checkpoint_is_skipped_with_a_warning(trained, capsys
     assert f"warning: {last}: damaged, or not a checkpoint" in capsys.readouterr().err
     assert not last.exists() and (trained / "last.damaged").exists()  # so that it never replaces previous.pt
     previous.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"none in .* can be read: to start anew, move it away"):
+    with pytest.raises(ValueError, match=r"none in .* can be read; to start anew choose another --out_dir"):
         checkpoint.read_newest(trained)
 
 

@@ -58,7 +58,7 @@ def test_a_wrong_argument_is_named_with_its_remedy(argument, message, monkeypatc
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("widht = 1", ": unknown key 'widht'; did you mean width?"),
+        ("widht = 1", ": unknown key 'widht'; did you mean width? (a file's own names begin with _)"),
         ("width = '1'", ": width: wants int, got str '1'"),
         ("name = 'a'\nwidth = 1 / 0", ", line 2: ZeroDivisionError: division by zero; mend the config file"),
         ("width = = 1", ", line 1: SyntaxError: "),

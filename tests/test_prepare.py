@@ -1,5 +1,6 @@
 import hashlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,56 @@ def test_a_continued_run_does_not_redo_finished_shards(corpus, shards, tmp_path,
     assert Shards(tmp_path / "stdlib").fingerprint() == shards.fingerprint()
 
 
+def test_killed_while_publishing_loses_nothing(corpus, shards, tmp_path, monkeypatch):
+    from data import prepare as module
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    config = load_config(PrepareConfig, arguments(corpus, tmp_path / "stdlib"))
+    for function in ("_write_json", "_remove_notes"):  # as the last unit is noted; when the folder has its name
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, function, die)
+            prepare(config)
+    prepare(config)
+    assert digests(tmp_path / "stdlib") == digests(shards.path)
+
+
+def test_a_mistake_mended_is_not_held_against_the_user(corpus, tmp_path, run_program):
+    wrong = arguments(corpus, tmp_path / "x", "--tokenizer=missing.json")
+    assert run_program(prepare, PrepareConfig, *wrong)[0] == 2 and not list(tmp_path.iterdir())
+    assert run_program(prepare, PrepareConfig, *arguments(corpus, tmp_path / "x", "--max_tokens=100_000"))[0] == 0
+    (tmp_path / "y").mkdir()
+    code, _, err = run_program(prepare, PrepareConfig, *arguments(corpus, tmp_path / "y"))
+    assert code == 2 and "is there already, and holds no shards" in err
+
+
+def test_a_source_that_changed_under_a_killed_run_is_noticed(corpus, tmp_path, monkeypatch):
+    from data import prepare as module
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    folder = Path(shutil.copytree(corpus, tmp_path / "corpus"))
+    config = load_config(PrepareConfig, arguments(folder, tmp_path / "x"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_write_units", die)
+        prepare(config)
+    (folder / "file-000000000001.json.gz").touch()
+    with pytest.raises(ValueError, match="the source's files have changed since it was begun"):
+        prepare(config)
+
+
+def test_a_document_that_defeats_the_tokenizer_is_skipped(tmp_path):
+    rows = [{"repo_name": f"r/{i}", "content": "x = 1\n" * 50, "path": "a.py"} for i in range(20)]
+    rows.insert(3, {"repo_name": "r/x", "content": " " * 1_000_000, "path": "spaces.py"})
+    rows[3]["content"] += "x"
+    write_json_gz(tmp_path / "a.json.gz", rows)
+    meta = prepare(load_config(PrepareConfig, arguments(tmp_path, tmp_path / "x", "--tokenizer_sample_bytes=100")))
+    assert meta["rejected"] == {"cannot be tokenized": 1}
+    assert sum(meta["splits"][split]["documents"] for split in SPLITS) == 20
+
+
 def test_max_tokens_stops_at_the_document_that_reaches_it(corpus, tmp_path):
     meta = prepare(load_config(PrepareConfig, arguments(corpus, tmp_path / "some", "--max_tokens=300_000")))
     total = sum(meta["splits"][split]["tokens"] for split in SPLITS)
@@ -104,8 +155,12 @@ def test_prepared_shards_are_left_alone_and_other_settings_refused(corpus, shard
 @pytest.mark.parametrize(
     ("rows", "more", "message"),
     [
-        ([], [], "0 documents for training, 0 for validation"),
-        ([{"repo_name": "a/b", "content": "x = 1\n"}], [], "each needs one: add repositories or change --val_fraction"),
+        ([], [], "0 documents for training, 0 for validation, skipped: none"),
+        (
+            [{"repo_name": "a/b", "content": "x = 1\n"}],
+            [],
+            "each split needs one: mend what was skipped, add repositories or change --val_fraction",
+        ),
         ([{"repo_name": "a/b", "content": "x = 1\n"}], ["--tokenizer=train:many"], "wants a number of ids"),
         ([{"repo_name": "a/b", "content": "x = 1\n"}], ["--tokenizer=missing.json"], "missing.json: no such file"),
         ([{"repo_name": "a/b", "content": "x = 1\n"}], ["--val_fraction=1"], "val_fraction is 1.0"),

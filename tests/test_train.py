@@ -76,6 +76,28 @@ def test_a_signal_saves_before_leaving_and_the_run_goes_on(number, run_arguments
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_a_reader_that_leaves_is_an_interruption_and_the_run_is_saved(run_arguments, tmp_path):
+    never = ["--checkpoint_interval=1000000", "--max_steps=100000", "--eval_interval=1000000", "--grad_clip=0.5"]
+    command = [sys.executable, "train.py", *run_arguments, *never]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
+        time.sleep(0.01)
+    process.stdout.close()  # as `| tee log` does at Ctrl-C
+    process.wait(timeout=60)
+    assert read(tmp_path / "run" / "last.pt")["step"] > 0
+
+
+def test_what_may_change_changes_when_a_run_goes_on(run_config):
+    train(dataclasses.replace(run_config, max_steps=4))
+    changed = dataclasses.replace(run_config, weight_decay=0.5, beta2=0.9, batch_size=8, log_interval=5)
+    run = start_run(changed, open_dataset(changed))
+    assert run.step == 4
+    decayed, rest = run.optimizer.param_groups
+    assert (decayed["weight_decay"], decayed["betas"], rest["weight_decay"]) == (0.5, (0.9, 0.9), 0.0)
+    assert all(state["step"] == 4 for state in run.optimizer.state.values())
+    train(changed)
+
+
 def test_accumulated_gradients_equal_large_batch(run_config):
     shards = open_dataset(run_config)
     batch = Loader(shards.split("train"), run_config.block_size, 8, run_config.seed).batch(0)
@@ -181,6 +203,8 @@ def test_a_run_does_not_go_on_with_a_dataset_prepared_anew(run_config, corpus, t
         ("--device=tpu", "--device=tpu: not a device; use cuda, cuda:1, mps or cpu"),
         ("--dtype=int8", "--dtype=int8: not one of float32, bfloat16, float16"),
         ("--init_from=nowhere", "nowhere: no such checkpoint"),
+        ("--beta1=1.5", "beta1 is 1.5, beta2 0.999; both must be"),
+        ("--seed=-1", "seed is -1; it must be 0 or more"),
         ("--learning_rate=1e30", "a weight is not finite|loss is nan|gradient norm nan"),
     ],
 )
