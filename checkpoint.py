@@ -184,6 +184,14 @@ def read_newest(out_dir: Path, mmap: bool = False, set_aside: bool = False) -> d
     return None
 
 
+def latest_run() -> str:
+    """The folder under out/ with the newest checkpoint. Raises ValueError if there is none."""
+    checkpoints = [path for name in ("last.pt", "previous.pt") for path in Path("out").glob(f"*/{name}")]
+    if not checkpoints:
+        raise ValueError("out: no run with a checkpoint; train one with python train.py, or name it with --out_dir")
+    return str(max(checkpoints, key=lambda path: path.stat().st_mtime).parent)
+
+
 def load(out_dir: str, device: torch.device, which: str = "last") -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """Model in evaluation mode on `device`, tokenizer and payload of the run in `out_dir`, or of one `.pt` file.
 

@@ -8,12 +8,11 @@ Bits per byte, total nats / ln 2 / bytes of the text, is the figure that compare
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from checkpoint import load
+from checkpoint import latest_run, load
 from config import run_stage
 from dataloader import SPLITS, Loader, TokenStream, open_shards
 from device import autocast, resolve_device, resolve_dtype
@@ -23,7 +22,7 @@ from tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class EvalConfig:
-    out_dir: str = "out/tiny"  # folder of the run, or a .pt file
+    out_dir: str | None = None  # folder of the run, or a .pt file; None takes the latest run under out/
     checkpoint: str = "last"  # last, or best: the lowest validation loss
     dataset: str | None = None  # shards to score, a folder under data/shards or a path; None takes the run's own
     split: str = "val"  # val or train
@@ -87,11 +86,12 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Load the run, score the split, print the figures and return them."""
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    model, tokenizer, payload = load(config.out_dir, device, config.checkpoint)
+    out_dir = config.out_dir or latest_run()
+    model, tokenizer, payload = load(out_dir, device, config.checkpoint)
     shards = open_shards(config.dataset or payload["config"]["dataset"])
     if shards.meta["tokenizer_sha256"] != payload["tokenizer_sha256"]:
         raise ValueError(
-            f"{shards.path}: tokenized with another tokenizer than {config.out_dir} was trained with; prepare the text "
+            f"{shards.path}: tokenized with another tokenizer than {out_dir} was trained with; prepare the text "
             "again with the run's own, or score another --dataset"
         )
     figures = evaluate_loss(
@@ -103,7 +103,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         max_tokens=config.max_tokens,
     )
     print(
-        f"{Path(config.out_dir)} at step {payload['step']} on {shards.path}/{config.split}: "
+        f"{out_dir} at step {payload['step']} on {shards.path}/{config.split}: "
         f"loss {figures['loss']:.4f} nats/token, perplexity {figures['perplexity']:.3f}, "
         f"{figures['bits_per_byte']:.4f} bits per byte ({figures['tokens']:,} tokens, {figures['bytes']:,} bytes)"
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load
+from checkpoint import latest_run, load
 from config import run_stage
 from device import DTYPES, resolve_device
 from model import GPT, KVCache
@@ -174,7 +174,7 @@ def sample(config: SampleConfig) -> list[str]:
     """Load the run, print `n_samples` completions of the prompt, one alone as it is written, and return them."""
     prompt, stop = _read_prompt(config), _read_stops(config.stop)
     device = resolve_device(config.device)
-    out_dir = config.out_dir or _latest_run()
+    out_dir = config.out_dir or latest_run()
     model, tokenizer, payload = load(out_dir, device, config.checkpoint)
     model.to(DTYPES[config.dtype])
     print(f"{out_dir}, step {payload['step']}, {model.n_parameters():,} parameters, {device}", file=sys.stderr)
@@ -200,13 +200,6 @@ def sample(config: SampleConfig) -> list[str]:
         for number, completion in enumerate(completions, start=1):
             print(f"--- sample {number} of {config.n_samples}\n{prompt}{completion}")
     return completions
-
-
-def _latest_run() -> str:
-    runs = [path for name in ("last.pt", "previous.pt") for path in Path("out").glob(f"*/{name}")]
-    if not runs:
-        raise ValueError("out: no run with a checkpoint; train one with python train.py, or name it with --out_dir")
-    return str(max(runs, key=lambda path: path.stat().st_mtime).parent)
 
 
 def _read_prompt(config: SampleConfig) -> str:

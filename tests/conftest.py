@@ -1,5 +1,11 @@
 """Small real parts that the tests share: a corpus of real Python, shards made from it, and a two-layer run."""
 
+import os
+
+# Before torch is imported, and for the processes that tests start: the models here are too small for two threads, and
+# on a busy machine threads that wait for each other make a test ten times slower.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import gzip
 import json
 import sysconfig
