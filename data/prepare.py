@@ -10,7 +10,6 @@ and ends with the same bytes. Memory holds one unit's tokens at most. The folder
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from atomic import atomic_write
 from config import format_config, run_stage
-from data.sources import Document, Rejection, Source, open_source
+from data.sources import Document, Rejection, Source, fraction, open_source
 from dataloader import SPLITS, open_shards, shards_path, write_shard
 from tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -38,6 +37,7 @@ BATCH_BYTES = 2**22  # text encoded at a time, shared among the threads
 class PrepareConfig:
     name: str = "local"  # the folder under data/shards, or a path of its own
     source: str = "local"  # local: the Python on this machine; files:GLOB: JSON lines, .gz or plain
+    package_bytes: int | None = None  # of `local`, take about this much of a package at most; None takes all
     tokenizer: str = "train:4096"  # cl100k_base, gpt2, the path of a tokenizer.json, or train:N for a BPE of N ids
     tokenizer_sample_bytes: int = 2**25  # train:N learns from about this much of the training text
     val_fraction: float = 0.05  # share of the repositories that goes to validation, each as a whole
@@ -49,7 +49,7 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction is {self.val_fraction}; it must be above 0 and below 1")
-        for name in ("shard_bytes", "tokenizer_sample_bytes", "max_tokens"):
+        for name in ("shard_bytes", "tokenizer_sample_bytes", "max_tokens", "package_bytes"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if not self.name:
@@ -70,7 +70,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     print(format_config(config))
     if os.path.lexists(path):
         return _existing(path, config)
-    source = open_source(config.source)
+    source = open_source(config.source, config.package_bytes)
     work = path.with_name(path.name + ".partial")
     _begin(work, {**_settings(config), "source_fingerprint": source.fingerprint})
     try:
@@ -105,7 +105,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 
 def split_of(repo: str, seed: int, val_fraction: float) -> str:
     """The split of a repository, from a hash of its name: the same whatever else there is."""
-    return "val" if _fraction(f"split {seed} {repo}") < val_fraction else "train"
+    return "val" if fraction(f"split {seed} {repo}") < val_fraction else "train"
 
 
 def _write_units(work: Path, source: Source, tokenizer: Tokenizer, config: PrepareConfig) -> list[dict[str, Any]]:
@@ -218,7 +218,7 @@ def _tokenizer_sample(source: Source, config: PrepareConfig) -> Iterator[str]:
         for record in source.records(skip=0):
             if isinstance(record, Rejection) or split_of(record.repo, config.seed, config.val_fraction) == "val":
                 continue
-            if _fraction(f"sample {config.seed} {record.repo} {record.path}") < rate:
+            if fraction(f"sample {config.seed} {record.repo} {record.path}") < rate:
                 n_bytes = len(record.text.encode())
                 bar.update(n_bytes)
                 left -= n_bytes
@@ -288,11 +288,6 @@ def _report(path: Path, meta: dict[str, Any]) -> None:
 def _progress_bar(what: str, total: int, initial: int = 0) -> tqdm:
     interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file gets few lines
     return tqdm(desc=what, total=total, initial=initial, unit="B", unit_scale=True, mininterval=interval)
-
-
-def _fraction(key: str) -> float:
-    """A number in [0, 1) that depends on `key` alone."""
-    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "replace")).digest()[:8], "big") / 2**64
 
 
 def _write_json(path: Path, value: Any) -> None:

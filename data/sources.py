@@ -13,6 +13,7 @@ import json
 import os
 import sysconfig
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -38,11 +39,12 @@ class Source(Protocol):
         """The records in order, but for the first `skip`."""
 
 
-def open_source(spec: str) -> Source:
-    """The source that `spec` names: `local` or `files:GLOB`. Raises ValueError if it is unknown or matches nothing."""
+def open_source(spec: str, package_bytes: int | None = None) -> Source:
+    """The source that `spec` names: `local`, with at most about `package_bytes` of each package, or `files:GLOB`.
+    Raises ValueError if it is unknown or matches nothing."""
     kind, _, pattern = spec.partition(":")
     if spec == "local":
-        return LocalSource(_python_folders())
+        return LocalSource(_python_folders(), package_bytes)
     if kind == "files" and pattern:
         return JsonLinesSource(pattern)
     raise ValueError(f"--source={spec}: unknown; use local, or files:GLOB such as 'files:data/raw/*.json.gz'")
@@ -50,14 +52,20 @@ def open_source(spec: str) -> Source:
 
 class LocalSource:
     """Python files under folders, in order of package and path. A vendored copy (`pip/_vendor/rich/…`) belongs to the
-    package it is a copy of, so that the same code is not in train and validation both."""
+    package it is a copy of, so that the same code is not in train and validation both. Of a package with more than
+    `package_bytes`, a share of the files picked by a hash of their paths makes about that much."""
 
-    def __init__(self, folders: dict[Path, str]):
-        self.files = sorted(
+    def __init__(self, folders: dict[Path, str], package_bytes: int | None = None):
+        files = sorted(
             (_package(path.relative_to(folder), prefix), str(path.relative_to(folder)), path, path.stat())
             for folder, prefix in folders.items()
             for path in _python_files(folder)
         )
+        sizes: Counter[str] = Counter()
+        for repo, _, _, stat in files:
+            sizes[repo] += stat.st_size
+        limit = package_bytes or max(sizes.values(), default=0)
+        self.files = [file for file in files if fraction(f"{file[0]} {file[1]}") * sizes[file[0]] < limit]
         self.size_bytes = sum(stat.st_size for *_, stat in self.files)
         self.fingerprint = _digest(f"{repo} {name} {_version(stat)}" for repo, name, _, stat in self.files)
 
@@ -156,6 +164,11 @@ def _package(path: Path, prefix: str) -> str:
 
 def _version(stat: os.stat_result) -> str:
     return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+def fraction(key: str) -> float:
+    """A number in [0, 1) that depends on `key` alone."""
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "replace")).digest()[:8], "big") / 2**64
 
 
 def _digest(lines: Iterator[str]) -> str:
