@@ -153,7 +153,7 @@ def train_loop(run: Run, loader: Loader, val_stream: TokenStream, metrics: Metri
                 event = {"step": run.step, "tokens": run.tokens, "loss": loss, "lr": lr}
                 event |= {"grad_norm": grad_norm, **meter.read(), "peak_memory_bytes": peak_memory_bytes(run.device)}
                 metrics.write(event)
-                bar.set_postfix_str(f"loss {loss:.3f}, {event['tokens_per_s']:,.0f} tokens/s")
+                bar.set_postfix_str(f"loss {loss:.3f}, {event['tokens_per_s']:,.0f} tokens/s", refresh=False)
             if last or run.step % config.eval_interval == 0:
                 figures = evaluate(run, val_stream)
                 metrics.write(figures)

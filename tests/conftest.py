@@ -96,7 +96,7 @@ def run_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=3, help="how often the resume test kills its run")
+    parser.addoption("--kills", type=int, default=2, help="how often the resume test kills its run")
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ COMMANDS = [
 # What a test cannot do: download a corpus; write to Colab's mounted Drive; run the test suite from within.
 NOT_HERE = ("hf download ", "python train.py configs/70m.py --out_dir=/content/drive/", "bash runs/test.sh")
 
-SMALL_DATA = "\nmax_tokens = 400_000\nval_fraction = 0.5\n"
+SMALL_DATA = "\npackage_bytes = 5_000\n"
 SMALL_RUN = "\nn_layer = 1\nmax_steps = 3\neval_tokens = 1024\nsample_interval = 3\ncompile = False\n"
 
 

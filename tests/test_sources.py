@@ -25,6 +25,18 @@ def test_a_vendored_copy_belongs_to_the_package_it_copies(tmp_path):
     assert [record.reason for record in records if isinstance(record, Rejection)] == ["not UTF-8"]
 
 
+def test_a_giant_package_is_cut_to_a_share_of_its_files_and_others_stay_whole(tmp_path):
+    for name, count in (("giant", 1000), ("small", 10)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            (tmp_path / name / f"{i}.py").write_text(f"x = {i:096}")  # 100 bytes
+    files = [file[:2] for file in LocalSource({tmp_path: ""}, package_bytes=20_000).files]
+    giant, small = (sum(repo == name for repo, _ in files) for name in ("giant", "small"))
+    assert 150 < giant < 250 and small == 10
+    assert files == [file[:2] for file in LocalSource({tmp_path: ""}, package_bytes=20_000).files]
+    assert len(LocalSource({tmp_path: ""}).files) == 1010
+
+
 def test_bad_lines_are_rejected_by_reason_and_nothing_else_is_lost(tmp_path):
     good = {"repo_name": "a/b", "path": "x.py", "content": "x = 1\n", "license": "mit", "stars": 3}
     lines = [json.dumps(good), "{", "[1]", json.dumps({**good, "content": None}), json.dumps({"content": "x"})]

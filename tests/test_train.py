@@ -77,7 +77,7 @@ def test_a_signal_saves_before_leaving_and_the_run_goes_on(number, run_arguments
 
 
 def test_a_reader_that_leaves_is_an_interruption_and_the_run_is_saved(run_arguments, tmp_path):
-    never = ["--checkpoint_interval=1000000", "--max_steps=100000", "--eval_interval=1000000", "--grad_clip=0.5"]
+    never = ["--checkpoint_interval=1000000", "--max_steps=100000", "--eval_interval=20"]
     command = [sys.executable, "train.py", *run_arguments, *never]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
