@@ -126,8 +126,9 @@ def save(path: Path, payload: dict[str, Any], keep: Path | None = None) -> None:
     try:
         with atomic_write(path, "wb", keep) as file:
             torch.save({"format": FORMAT, **payload}, file)
-    except (OSError, RuntimeError) as error:  # torch's writer turns some failures of the disk into a RuntimeError
-        reason = str(error).split("\n")[0]
+    except (OSError, RuntimeError) as error:  # torch's writer raises its own error while the disk's is on its way up
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else str(error).split("\n")[0]
         raise OSError(
             f"{path}: could not be saved ({reason}); the checkpoint before it is intact: "
             "free disk space and run the same command again"
@@ -154,7 +155,7 @@ def read(path: Path, mmap: bool = False) -> dict[str, Any]:
     except Exception as error:  # a zip, pickle or decoding error: whatever a damaged file leads torch's reader to
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the disk's fault, not the file's
             raise
-        raise ValueError(f"{path}: damaged, or not a checkpoint; use another, or delete it") from None
+        raise ValueError(f"{path}: damaged, or not a checkpoint; name another") from None
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise ValueError(f"{path}: a torch file, but not a checkpoint of this project; name another --out_dir")
     return payload
