@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import os
 import sys
 import tokenize
 import traceback
@@ -50,6 +51,9 @@ def run_stage(entry: Callable[[Config], Any], cls: type[Config]) -> None:
     An error counts as the user's if it is an OSError, or a ValueError raised by a `raise` of this project. Any
     other ValueError (`B, T = x.shape` on three dimensions, say) is a bug and keeps its traceback.
     """
+    if None in (sys.stdout, sys.stderr):  # closed by the shell, as in `python train.py 2>&-`
+        nowhere = open(os.devnull, "w")  # noqa: SIM115 (open as long as the program runs)
+        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a character that the terminal lacks must not end a run
