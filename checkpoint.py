@@ -100,9 +100,7 @@ def restore_run(run: Run) -> bool:
     if payload["scaler"]:  # empty if the run had no use for one, on other hardware
         run.scaler.load_state_dict(payload["scaler"])
     run.step, run.best_val_loss, run.wandb_id = (payload[key] for key in ("step", "best_val_loss", "wandb_id"))
-    torch.set_rng_state(payload["rng"]["cpu"])
-    if run.device.type in payload["rng"] and run.device.type != "cpu":
-        getattr(torch, run.device.type).set_rng_state(payload["rng"][run.device.type])
+    _set_rng_state(payload["rng"], run.device)
     return True
 
 
@@ -115,9 +113,22 @@ def require_same(config: GPTConfig, fixed: dict[str, Any], where: str, remedy: s
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The state of torch's random generators that training draws from."""
+    """The state of torch's random generators that training on `device` draws from."""
     state = {"cpu": torch.get_rng_state()}
-    return state if device.type == "cpu" else {**state, device.type: getattr(torch, device.type).get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def _set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Undo what was drawn since `rng_state`; a generator that the run did not have where it was saved is left alone."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
 
 
 def save(path: Path, payload: dict[str, Any], keep: Path | None = None) -> None:

@@ -1,4 +1,5 @@
 import hashlib
+import os
 import random
 import shutil
 import signal
@@ -90,17 +91,28 @@ def test_a_continued_run_does_not_redo_finished_shards(corpus, shards, tmp_path,
     assert Shards(tmp_path / "stdlib").fingerprint() == shards.fingerprint()
 
 
-def test_killed_while_publishing_loses_nothing(corpus, shards, tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", ["last unit noted", "meta.json written", "folder named"])
+def test_killed_while_publishing_loses_nothing(moment, corpus, shards, tmp_path, monkeypatch):
     from data import prepare as module
 
-    def die(*args):
-        raise KeyboardInterrupt
+    def die_before(function, condition):
+        def wrapped(*args):
+            if condition(*args):
+                raise KeyboardInterrupt
+            return function(*args)
+
+        return wrapped
 
     config = load_config(PrepareConfig, arguments(corpus, tmp_path / "stdlib"))
-    for function in ("_write_json", "_remove_notes"):  # as the last unit is noted; when the folder has its name
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(module, function, die)
-            prepare(config)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if moment == "last unit noted":
+            patch.setattr(module, "_write_json", die_before(module._write_json, lambda path, _: path.stem == "meta"))
+        elif moment == "meta.json written":
+            patch.setattr(os, "replace", die_before(os.replace, lambda source, _: str(source).endswith(".partial")))
+        else:
+            patch.setattr(module, "_remove_notes", die_before(module._remove_notes, lambda path: True))
+        prepare(config)
+    assert (tmp_path / "stdlib").exists() == (moment == "folder named")
     prepare(config)
     assert digests(tmp_path / "stdlib") == digests(shards.path)
 
