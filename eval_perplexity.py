@@ -14,9 +14,10 @@ import torch
 
 from checkpoint import latest_run, load
 from config import run_stage
-from dataloader import SPLITS, Loader, TokenStream, open_shards
+from dataloader import Loader
 from device import autocast, resolve_device, resolve_dtype
 from model import GPT, IGNORE
+from shards import SPLITS, TokenStream, open_shards
 from tokenizer import Tokenizer
 
 

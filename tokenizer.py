@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,12 @@ from atomic import atomic_write
 
 END_OF_TEXT = "<|endoftext|>"
 NAMED = ("cl100k_base", "gpt2")
+
+
+class Special(str):
+    """A special token, by its name, among pieces of a document; any other string there is ordinary text."""
+
+    __slots__ = ()
 
 
 class Tokenizer:
@@ -38,18 +45,34 @@ class Tokenizer:
         """The ids of `text` as ordinary text. A lone surrogate, which has no UTF-8 form, becomes U+FFFD."""
         return self.encoding.encode_ordinary(text)
 
-    def encode_documents(self, texts: Sequence[str], pool: ThreadPoolExecutor) -> list[np.ndarray | None]:
-        """The ids of each text, then end-of-text, as arrays of uint32; None for a text on which tiktoken's regular
-        expressions give up (a run of a million spaces). The encoder releases the interpreter's lock, so the threads of
-        `pool` work side by side."""
-        return list(pool.map(self._encode_document, texts))
+    def with_specials(self, names: Iterable[str]) -> "Tokenizer":
+        """This tokenizer with further special tokens, their ids after all others; those it has stay as they are."""
+        new = [str(name) for name in names if name not in self.specials]
+        if not new:
+            return self
+        specials = self.specials | {name: self.vocab_size + place for place, name in enumerate(new)}
+        ranks = {token: rank for rank, token in enumerate(self.tokens)}
+        return Tokenizer(self.name, self.pattern, ranks, specials)
 
-    def _encode_document(self, text: str) -> np.ndarray | None:
+    def encode_documents(
+        self, documents: Sequence[Sequence[str]], pool: ThreadPoolExecutor | None = None
+    ) -> list[np.ndarray | None]:
+        """The ids of each document, then end-of-text, as arrays of uint32. A document is a sequence of pieces: Specials
+        and texts. None for one on which tiktoken's regular expressions give up (a run of a million spaces). The encoder
+        releases the interpreter's lock, so the threads of `pool`, if given, work side by side."""
+        return list((pool.map if pool else map)(self._encode_document, documents))
+
+    def _encode_document(self, pieces: Sequence[str]) -> np.ndarray | None:
         try:
-            ids = self.encoding.encode_to_numpy(text, disallowed_special=())
+            ids = [self._encode_piece(piece) for piece in pieces]
         except ValueError:
             return None
-        return np.append(ids, np.uint32(self.end_of_text))
+        return np.concatenate([*ids, np.array([self.end_of_text], dtype=np.uint32)])
+
+    def _encode_piece(self, piece: str) -> np.ndarray:
+        if isinstance(piece, Special):
+            return np.array([self.specials[piece]], dtype=np.uint32)
+        return self.encoding.encode_to_numpy(piece, disallowed_special=())
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
@@ -67,6 +90,10 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """The tokenizer's file as text, one token a line."""
+        return self._json
+
+    @cached_property
+    def _json(self) -> str:
         head = {"name": self.name, "pattern": self.pattern, "specials": self.specials}
         lines = [f"{json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
         tokens = ",\n".join(json.dumps(token.decode("latin-1")) for token in self.tokens)

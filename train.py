@@ -23,13 +23,14 @@ from tqdm import tqdm
 
 from checkpoint import Run, keep_best, load, require_same, restore_run, rng_state, save_run
 from config import format_config, run_stage
-from dataloader import Loader, Shards, TokenStream, open_shards
+from dataloader import Loader
 from device import autocast, peak_flops, peak_memory_bytes, resolve_device, resolve_dtype
 from eval_perplexity import evaluate_loss
 from interruption import Interruption
 from metrics import MetricsLog, Throughput, start_wandb
 from model import GPT, GPTConfig
 from sample import generate
+from shards import Shards, TokenStream, open_shards
 from tokenizer import Tokenizer
 
 

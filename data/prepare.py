@@ -1,23 +1,29 @@
-"""Turn source code into token shards.
+"""Turn source code into token shards: read, clean, decontaminate, redact, tokenize, deduplicate, write.
 
     python -m data.prepare configs/data/local.py               # this machine's Python, into data/shards/local/
-    python -m data.prepare --source='files:data/raw/*.json.gz' --name=mine --tokenizer=gpt2
+    python -m data.prepare --source='files:data/raw/*.json.gz' --name=mine --tokenizer=gpt2 --filters=codeparrot
+    python -m data.prepare configs/data/local.py --filters=codeparrot_v2 --dry_run=1000      # what would be dropped
+    python -m data.prepare configs/data/codeparrot.py --part=1/4     # a quarter, on one of four machines; and at last
+    python -m data.prepare configs/data/codeparrot.py --merge=4      # the four folders, brought together, become shards
     python -m data.prepare configs/data/local.py --verify      # read it all again and compare the checksums
 
-The records of a source are cut into units of about `shard_bytes` of text. A unit is read, split by repository, encoded
-and written as one shard a split, and only then noted as done: a run that is killed goes on after the last unit done,
-and ends with the same bytes. Memory holds one unit's tokens at most. The folder gets its name when it is complete.
+The input is read once. Workers turn it into units (data/units.py); when all are done, the documents are chosen and the
+shards written (data/publish.py). A run that is killed goes on after the last unit done, and ends with the same bytes,
+whatever the number of workers. The folder gets its name when it is complete.
 """
 
 import dataclasses
+import fcntl
+import fnmatch
 import json
 import os
 import shutil
 import sys
-from collections import Counter
+import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,38 +32,45 @@ from tqdm import tqdm
 
 from atomic import atomic_write
 from config import format_config, run_stage
-from data.sources import Document, Rejection, Source, fraction, open_source
-from dataloader import SPLITS, open_shards, shards_path, write_shard
+from data import dedup, report, workers
+from data.formats import SPECIALS
+from data.publish import EXACT, KEPT, NEAR, STATUS, Units, choose, finished_units, plan, tokens_of, write
+from data.sources import Document, Input, Rejection, digest_of, fraction, open_source
+from data.units import Refined, Refinery, Tally, UnitConfig, read_notes, utf8_bytes
+from shards import SPLITS, open_shards, shards_path
 from tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
-BATCH_BYTES = 2**22  # text encoded at a time, shared among the threads
+SAMPLED_INPUTS = 16  # a tokenizer's sample comes from at most this many, spread over the source
+HELD_OUT_BYTES = 2**21  # validation text on which tokenizers are compared
+# Settings that do not decide the shards' content.
+FREE = ("name", "verify", "workers", "part", "merge", "dry_run", "retry_s")
 
 
 @dataclass(frozen=True)
-class PrepareConfig:
+class PrepareConfig(UnitConfig):
     name: str = "local"  # the folder under data/shards, or a path of its own
-    source: str = "local"  # local: the Python on this machine; files:GLOB: JSON lines, .gz or plain
-    package_bytes: int | None = None  # of `local`, take about this much of a package at most; None takes all
-    tokenizer: str = "train:4096"  # cl100k_base, gpt2, the path of a tokenizer.json, or train:N for a BPE of N ids
-    tokenizer_sample_bytes: int = 2**25  # train:N learns from about this much of the training text
-    val_fraction: float = 0.05  # share of the repositories that goes to validation, each as a whole
     max_tokens: int | None = None  # stop once train and validation hold this many; None takes all
-    shard_bytes: int = 2**26  # text a unit, bytes
-    seed: int = 0  # picks the validation repositories and the tokenizer's sample
+    shard_tokens: int = 2**27  # tokens a shard, about
+    workers: int | None = None  # processes; None takes one a core
+    part: str | None = None  # I/N: make the units of every Nth input file alone, into NAME.part-I-of-N
+    merge: int | None = None  # N: join the N parts into shards
+    dry_run: int | None = None  # write nothing: show what would be dropped of this many documents
     verify: bool = False  # prepare nothing: compare the checksums of the shards that are there
 
     def __post_init__(self) -> None:
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction is {self.val_fraction}; it must be above 0 and below 1")
-        for name in ("shard_bytes", "tokenizer_sample_bytes", "max_tokens", "package_bytes"):
+        super().__post_init__()
+        for name in ("max_tokens", "shard_tokens", "workers", "merge", "dry_run"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if not self.name:
             raise ValueError("name is empty; give the folder to make under data/shards")
+        if self.part is not None:
+            part_of(self.part)
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
-    """Prepare the shards that `config` describes, or finish what a killed run left; returns meta.json's content.
+    """Prepare the shards that `config` describes, or finish what a killed run left; returns meta.json's content, of a
+    part its settings, of a dry run the rejections.
 
     Shards that are there already, with the same settings, are left as they are.
     """
@@ -68,189 +81,351 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         print(f"{path}: every file is as it was written")
         return shards.meta
     print(format_config(config))
+    if config.dry_run is not None:
+        return _dry_run(config)
+    work = path.with_name(path.name + (".part-{}-of-{}".format(*part_of(config.part)) if config.part else ".partial"))
     if os.path.lexists(path):
         return _existing(path, config)
-    source = open_source(config.source, config.package_bytes)
-    work = path.with_name(path.name + ".partial")
-    _begin(work, {**_settings(config), "source_fingerprint": source.fingerprint})
+    with _locked(work):
+        if os.path.lexists(path):  # made by the preparation that was waited for
+            return _existing(path, config)
+        if config.merge is not None:
+            _gather_parts(path, work, config)
+        return _prepare(path, work, config)
+
+
+def part_of(setting: str) -> tuple[int, int]:
+    """I and N of the setting I/N. Raises ValueError."""
+    part, _, n_parts = setting.partition("/")
+    if not (part.isdecimal() and n_parts.isdecimal() and 1 <= int(part) <= int(n_parts)):
+        raise ValueError(f"--part={setting}: wants I/N with I in 1 .. N, such as 1/4")
+    return int(part), int(n_parts)
+
+
+def _prepare(path: Path, work: Path, config: PrepareConfig) -> dict[str, Any]:
+    state = _read_json(work / "settings.json") if (work / "tokenizer.json").exists() else {}
+    if config.merge is None:
+        inputs, pins = _inputs(config, work, state.get("pins", {}))
+        state = _begin(work, state, inputs, pins, config)
+    else:
+        inputs = [None] * state["n_inputs"]
     try:
-        tokenizer = _tokenizer(work, source, config)
-    except ValueError:
+        tokenizer = _tokenizer(work, inputs, config)
+        refinery = Refinery(config, tokenizer)
+    except (ValueError, FileNotFoundError):
         shutil.rmtree(work)
         raise
-    units = _write_units(work, source, tokenizer, config)
-    splits = {split: _total([unit[split] for unit in units if unit[split]]) for split in SPLITS}
-    rejected = dict(sum((Counter(unit["rejected"]) for unit in units), Counter()))
+    units, rows, status = _make_units(work / "units", inputs, refinery, config)
+    if config.part is not None:
+        _write_json(work / "complete.json", state)
+        print(f"{work}: done; bring the parts' folders together and join them with --merge={part_of(config.part)[1]}")
+        return state
+    t0 = time.perf_counter()
+    splits = write(units, rows, plan(units, rows, status, config.shard_tokens), work, tokenizer.vocab_size)
+    summary = report.sum_up(units.notes, rows, status)
+    summary["seconds"]["shards"] = round(time.perf_counter() - t0, 3)
+    summary["tokenizers"] = _read_json(work / "tokenizers.json") if (work / "tokenizers.json").exists() else {}
     if not all(splits[split]["tokens"] for split in SPLITS):
         shutil.rmtree(work)
         raise ValueError(
             f"--source={config.source}: {splits['train']['documents']} documents for training, "
-            f"{splits['val']['documents']} for validation, skipped: {rejected or 'none'}; each split needs one: "
-            "mend what was skipped, add repositories or change --val_fraction"
+            f"{splits['val']['documents']} for validation, dropped: {summary['rejected'] or 'none'}; each split needs "
+            "one: mend what was dropped, add repositories, change --val_fraction or set --split_by=file"
         )
     meta = {
         "settings": _settings(config),
         "tokenizer": tokenizer.name,
         "tokenizer_sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
-        "rejected": rejected,
+        "rejected": summary["rejected"],
         "splits": splits,
     }
+    _write_json(work / "report.json", summary)
     _write_json(work / "meta.json", meta)
-    os.replace(work, path)  # before the notes go: without them an unfinished folder would lose its finished units
-    _remove_notes(path)
-    _report(path, meta)
+    os.replace(work, path)  # before the units go: without them an unfinished folder would lose its finished ones
+    _remove_leftovers(path)
+    _print_report(path, meta)
     return meta
 
 
-def split_of(repo: str, seed: int, val_fraction: float) -> str:
-    """The split of a repository, from a hash of its name: the same whatever else there is."""
-    return "val" if fraction(f"split {seed} {repo}") < val_fraction else "train"
+def _inputs(config: PrepareConfig, work: Path, pins: dict[str, str]) -> tuple[list[Input], dict[str, str]]:
+    """The source's inputs, those of `val_files` first, and the commits of hub repositories, found or given."""
+    pins = dict(pins)
+    inputs = open_source(config, work / "download", pins)
+    first = [item for item in inputs if _is_val(item, config)]
+    if config.val_files and not first:
+        raise ValueError(f"--val_files={config.val_files}: matches none of {len(inputs)} inputs, {inputs[0].name} …")
+    return first + [item for item in inputs if not _is_val(item, config)], pins
 
 
-def _write_units(work: Path, source: Source, tokenizer: Tokenizer, config: PrepareConfig) -> list[dict[str, Any]]:
-    """Write every unit that is not done yet; returns the notes of all."""
-    units = [json.loads(note.read_text()) for note in sorted(work.glob("unit_*.json"))]
-    done_bytes = sum(unit["bytes_read"] for unit in units)
-    records = source.records(skip=sum(unit["records"] for unit in units))
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        _progress_bar("tokenizing", source.size_bytes, done_bytes) as bar,
-    ):
-        while not (units and units[-1]["last"]):
-            tokens_left = None
-            if config.max_tokens is not None:
-                tokens_left = config.max_tokens - sum(unit[s]["tokens"] for unit in units for s in SPLITS if unit[s])
-            unit = _write_unit(work, len(units), records, tokenizer, config, tokens_left, pool, bar)
-            _write_json(work / f"unit_{len(units):05d}.json", unit)
-            units.append(unit)
-    return units
+def _is_val(item: Input, config: PrepareConfig) -> bool:
+    pattern = config.val_files
+    return pattern is not None and any(fnmatch.fnmatch(n, pattern) for n in (item.name, os.path.basename(item.name)))
 
 
-def _write_unit(
-    work: Path,
-    number: int,
-    records: Iterator[Document | Rejection],
-    tokenizer: Tokenizer,
-    config: PrepareConfig,
-    tokens_left: int | None,
-    pool: ThreadPoolExecutor,
-    bar: tqdm,
+def _begin(
+    work: Path, state: dict[str, Any], inputs: list[Input], pins: dict[str, str], config: PrepareConfig
 ) -> dict[str, Any]:
-    """Read, split, encode and write about `shard_bytes` of text; returns the unit's note."""
-    unit: dict[str, Any] = {"records": 0, "bytes_read": 0, "rejected": Counter(), "last": False}
-    shards: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    counts = {split: Counter() for split in SPLITS}
-    while unit["bytes_read"] < config.shard_bytes and not unit["last"]:
-        limit = min(BATCH_BYTES, config.shard_bytes - unit["bytes_read"])
-        documents, n_bytes = _read_batch(records, unit, limit)
-        unit["bytes_read"] += n_bytes
-        bar.update(n_bytes)
-        for document, ids in zip(documents, tokenizer.encode_documents([d.text for d in documents], pool), strict=True):
-            if tokens_left is not None and tokens_left <= 0:
-                unit["last"] = True
-                break
-            if ids is None:
-                _reject(Rejection("cannot be tokenized", f"{document.repo}: {document.path}"), unit)
-                continue
-            split = split_of(document.repo, config.seed, config.val_fraction)
-            shards[split].append(ids)
-            counts[split].update(documents=1, bytes=len(document.text.encode()))
-            tokens_left = None if tokens_left is None else tokens_left - len(ids)
-    for split in SPLITS:
-        unit[split] = None
-        if shards[split]:
-            path = work / f"{split}_{number:05d}.npy"
-            unit[split] = {**write_shard(path, np.concatenate(shards[split]), tokenizer.vocab_size), **counts[split]}
-    return unit
+    """Take up what a killed run left, if it was making the same; else begin anew. Returns settings.json's content."""
+    wanted = {
+        **_settings(config),
+        "source_fingerprint": digest_of(item.version for item in inputs),
+        "n_inputs": len(inputs),
+        "pins": pins,
+    }
+    if state:
+        _compare(work, state, wanted)
+        print(f"{work}: going on where an earlier run stopped")
+        return state
+    _check_disk(work, inputs, config)
+    for leftover in work.iterdir():  # without a tokenizer nothing is worth keeping
+        if leftover.name != "lock":
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    (work / "units").mkdir()
+    _write_json(work / "settings.json", wanted)
+    return wanted
 
 
-def _read_batch(
-    records: Iterator[Document | Rejection], unit: dict[str, Any], limit: int
-) -> tuple[list[Document], int]:
-    """Documents of `limit` bytes of text or a little more, and their size. What it reads and rejects, and the end, it
-    notes in `unit`."""
-    documents, n_bytes = [], 0
-    while n_bytes < limit:
-        record = next(records, None)
-        if record is None:
-            unit["last"] = True
-            break
-        unit["records"] += 1
-        if isinstance(record, Rejection):
-            _reject(record, unit)
-        elif not record.text.strip():
-            unit["rejected"]["empty"] += 1
-        else:
-            documents.append(record)
-            n_bytes += len(record.text.encode())
-    return documents, n_bytes
+def _make_units(
+    work: Path, inputs: list[Input | None], refinery: Refinery, config: PrepareConfig
+) -> tuple[Units, np.ndarray, np.ndarray]:
+    """Make units until the source ends or they hold `max_tokens` after duplicates are dropped; returns those that
+    count, their documents' rows, and what becomes of each."""
+    n_workers = config.workers or os.cpu_count() or 1
+    part, n_parts = part_of(config.part or "1/1")
+    wanted = config.max_tokens if config.part is None else None
+    while True:
+        todo = [
+            (number, item, _is_val(item, config))
+            for number, item in enumerate(inputs)
+            if item is not None and number % n_parts == part - 1 and not _is_done(work, number)
+        ]
+        if todo and not (wanted and finished_units(work, len(inputs), wanted).complete):
+            with _progress_bar("tokenizing", sum(item.text_bytes for _, item, _ in todo)) as bar:
+                workers.run(work, todo, refinery, n_workers, _Progress(bar, work, len(inputs), wanted))
+        if config.part is not None:
+            return Units(work, [], [], True, True), np.empty(0), np.empty(0)
+        units = finished_units(work, len(inputs), wanted)
+        rows = units.documents()
+        status = choose(units, rows, config, config.max_tokens)
+        kept = int(tokens_of(rows)[status == KEPT].sum())
+        if wanted is None or units.at_end or kept >= config.max_tokens:
+            return units, rows, status
+        wanted = int(wanted * max(1.05, 1.02 * config.max_tokens / max(1, kept)))
 
 
-def _reject(rejection: Rejection, unit: dict[str, Any]) -> None:
-    """Count a rejection in `unit`, and print the first few of each reason."""
-    unit["rejected"][rejection.reason] += 1
-    if unit["rejected"][rejection.reason] <= 5:
-        tqdm.write(f"skipped, {rejection.reason}: {rejection.where}")
+class _Progress:
+    """Moves a bar by the bytes read, and says whether to go on: until the finished units hold `wanted` tokens."""
+
+    def __init__(self, bar: tqdm, work: Path, n_inputs: int, wanted: int | None):
+        self.bar, self.arguments, self.wanted = bar, (work, n_inputs, wanted), wanted
+        self.looked = time.monotonic()
+
+    def __call__(self, n_bytes: int) -> bool:
+        self.bar.update(n_bytes)
+        if self.wanted is None or time.monotonic() < self.looked + 1:  # looking means reading every note
+            return True
+        self.looked = time.monotonic()
+        return not finished_units(*self.arguments).complete
 
 
-def _tokenizer(work: Path, source: Source, config: PrepareConfig) -> Tokenizer:
+def _is_done(work: Path, number: int) -> bool:
+    notes = read_notes(work, number)
+    return bool(notes) and notes[-1]["last"]
+
+
+def _tokenizer(work: Path, inputs: list[Input], config: PrepareConfig) -> Tokenizer:
     """The tokenizer the settings ask for, kept in `work`, so that a run that goes on uses the same."""
     path = work / "tokenizer.json"
     if path.exists():
         return load_tokenizer(str(path))
+    specials = SPECIALS if _needs_specials(config) else ()
     kind, _, size = config.tokenizer.partition(":")
     if kind != "train":
-        tokenizer = load_tokenizer(config.tokenizer)
+        tokenizer = load_tokenizer(config.tokenizer).with_specials(specials)
     elif size.isdecimal():
-        tokenizer = train_tokenizer(_tokenizer_sample(source, config), int(size))
+        held_out: list[str] = []
+        sample = _tokenizer_sample(inputs, config, held_out)
+        tokenizer = train_tokenizer(sample, int(size) - len(specials)).with_specials(specials)
+        _write_json(work / "tokenizers.json", _compared(tokenizer, held_out))
     else:
         raise ValueError(f"--tokenizer={config.tokenizer}: wants a number of ids, such as train:4096")
     tokenizer.save(path)
     return tokenizer
 
 
-def _tokenizer_sample(source: Source, config: PrepareConfig) -> Iterator[str]:
-    """Training documents, chosen by a hash of repository and path, up to `tokenizer_sample_bytes`."""
-    rate = config.tokenizer_sample_bytes / max(1, source.size_bytes)
-    left = config.tokenizer_sample_bytes
-    with _progress_bar("sampling for the tokenizer", min(left, source.size_bytes)) as bar:
-        for record in source.records(skip=0):
-            if isinstance(record, Rejection) or split_of(record.repo, config.seed, config.val_fraction) == "val":
-                continue
-            if fraction(f"sample {config.seed} {record.repo} {record.path}") < rate:
-                n_bytes = len(record.text.encode())
-                bar.update(n_bytes)
-                left -= n_bytes
-                yield record.text
-                if left <= 0:
-                    return
+def _needs_specials(config: PrepareConfig) -> bool:
+    return bool(config.metadata_rate or config.fim_rate or config.notebooks or "commits:" in config.source)
 
 
-def _begin(work: Path, settings: dict[str, Any]) -> None:
-    """Make the folder of work, or take up the one a killed run left, if it was making the same."""
-    if (work / "tokenizer.json").exists():  # before that nothing is worth keeping
-        _compare(work, json.loads((work / "settings.json").read_text()), settings)
-        print(f"{work}: going on where an earlier run stopped")
-    else:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        _write_json(work / "settings.json", settings)
+def _tokenizer_sample(inputs: list[Input], config: PrepareConfig, held_out: list[str]) -> Iterator[str]:
+    """Cleaned training documents, chosen by a hash of repository and path, from inputs spread evenly over the source,
+    up to `tokenizer_sample_bytes`; some of the validation text among them goes to `held_out`."""
+    chosen = [inputs[place] for place in np.unique(np.linspace(0, len(inputs) - 1, SAMPLED_INPUTS).astype(int))]
+    rate = config.tokenizer_sample_bytes / max(1, sum(item.text_bytes for item in chosen))
+    refinery, left, left_held_out = Refinery(config), config.tokenizer_sample_bytes, HELD_OUT_BYTES
+    with _progress_bar("sampling for the tokenizer", left) as bar:
+        for item in chosen:
+            records = (record for record in item.records(skip=0) if isinstance(record, Document))
+            for document in records:
+                is_val = _is_val(item, config) or refinery.split(document) == "val"
+                draw = fraction(f"sample {config.seed} {document.repo} {document.path}")
+                if left <= 0 or draw >= rate or (is_val and left_held_out <= 0):
+                    if left <= 0:
+                        return
+                    continue
+                for kept in refinery.clean([document], Tally()):
+                    n_bytes = utf8_bytes(kept.text)
+                    if is_val:
+                        left_held_out -= n_bytes
+                        held_out.append(kept.text)
+                    else:
+                        left -= n_bytes
+                        bar.update(n_bytes)
+                        yield kept.text
+
+
+def _compared(tokenizer: Tokenizer, held_out: list[str]) -> dict[str, float]:
+    """Bytes a token on the same held-out text, of a new tokenizer and of cl100k_base if that can be had."""
+    tokenizers = {tokenizer.name: tokenizer}
+    try:
+        tokenizers["cl100k_base"] = load_tokenizer("cl100k_base")
+    except ValueError:
+        print("cl100k_base could not be loaded: the new tokenizer is not compared with it", file=sys.stderr)
+    n_bytes = sum(map(utf8_bytes, held_out))
+    counts = {
+        name: sum(len(ids) - 1 for ids in one.encode_documents([[text] for text in held_out]) if ids is not None)
+        for name, one in tokenizers.items()
+    }
+    return {name: round(n_bytes / count, 4) for name, count in counts.items() if count}
+
+
+def _gather_parts(path: Path, work: Path, config: PrepareConfig) -> None:
+    """Move the units of all parts into one folder of work."""
+    folders = [path.with_name(f"{path.name}.part-{part}-of-{config.merge}") for part in range(1, config.merge + 1)]
+    left = [folder for folder in folders if not (work / f"{folder.name}.merged").exists()]
+    for folder in left:
+        if not (folder / "complete.json").exists():
+            setting = f"--part={folders.index(folder) + 1}/{config.merge}"
+            raise ValueError(f"{folder}: not there or not complete; run {setting} to its end first")
+    known = work if (work / "tokenizer.json").exists() else left[0]
+    for folder in (known, *left):
+        for wanted in (_settings(config), _read_json(known / "settings.json")):
+            _compare(folder, _read_json(folder / "settings.json"), wanted)
+        if (folder / "tokenizer.json").read_bytes() != (known / "tokenizer.json").read_bytes():
+            raise ValueError(f"{folder}: its tokenizer is not the other parts'; delete it and make it again")
+    (work / "units").mkdir(exist_ok=True)
+    for name in ("tokenizers.json", "settings.json", "tokenizer.json"):
+        if known is not work and (known / name).exists():
+            shutil.copy(known / name, work / name)
+    for folder in left:
+        for file in sorted((folder / "units").iterdir(), key=lambda file: (file.suffix == ".json", file.name)):
+            os.replace(file, work / "units" / file.name)  # a unit's note after its arrays
+        _write_json(work / f"{folder.name}.merged", {})
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _dry_run(config: PrepareConfig) -> dict[str, Any]:
+    """Take the first documents through every step, in memory, and show what is dropped."""
+    tally, documents = Tally(), []
+    inputs, _ = _inputs(config, shards_path(config.name).with_name(f"{shards_path(config.name).name}.dry"), {})
+    per_input = -(-config.dry_run // len(inputs))
+    for item in inputs:
+        for record in islice(item.records(skip=0), per_input):
+            if isinstance(record, Rejection):
+                tally.reject(record.reason, record.where)
+            else:
+                documents.append(record)
+    kind, _, size = config.tokenizer.partition(":")
+    texts = (document.text for document in documents)
+    tokenizer = train_tokenizer(texts, int(size)) if kind == "train" else load_tokenizer(config.tokenizer)
+    refinery = Refinery(config, tokenizer.with_specials(SPECIALS))
+    refined = refinery.refine(documents, False, tally)
+    for reason, one, original in _duplicates(refined, config):
+        tally.reject(reason, f"{_where(one)}, as {_where(original)}", one.document.text)
+    for item in inputs:
+        item.release()
+    print(report.examples(tally.cases, tally.rejected, len(documents)))
+    print(f"\n{len(documents):,} documents read, {sum(tally.rejected.values()):,} dropped; nothing was written")
+    return dict(tally.rejected)
+
+
+def _duplicates(refined: list[Refined], config: PrepareConfig) -> Iterator[tuple[str, Refined, Refined]]:
+    """Later copies among documents: the reason, the copy, and the document it is a copy of."""
+    digests = np.array([np.frombuffer(one.digest, "<u8") for one in refined]).reshape(-1, 2)
+    exact = dedup.exact_duplicates(digests) if config.exact_duplicates else np.zeros(len(refined), bool)
+    firsts = {one.digest: one for one in reversed(refined)}
+    yield from ((STATUS[EXACT], one, firsts[one.digest]) for one, copy in zip(refined, exact, strict=True) if copy)
+    chosen = [one for one, copy in zip(refined, exact, strict=True) if not copy and one.sketch]
+    if config.near_threshold is not None and chosen:
+        keys, signatures = (np.array([one.sketch[place] for one in chosen]) for place in (0, 1))
+        first = dedup.near_duplicates(keys.T, signatures, np.ones(len(chosen), bool), config.near_threshold)
+        yield from (
+            (STATUS[NEAR], one, chosen[f]) for i, (one, f) in enumerate(zip(chosen, first, strict=True)) if f != i
+        )
+
+
+def _where(one: Refined) -> str:
+    return f"{one.document.repo}: {one.document.path}"
+
+
+def _check_disk(work: Path, inputs: list[Input], config: PrepareConfig) -> None:
+    """Print about how much disk this takes, and raise OSError if there is less."""
+    text_bytes = sum(item.text_bytes for item in inputs)
+    kind, _, size = config.tokenizer.partition(":")
+    small = config.tokenizer == "gpt2" or (kind == "train" and size.isdecimal() and int(size) <= 2**16)
+    tokens = text_bytes / 3 / (part_of(config.part)[1] if config.part else 1)
+    if config.max_tokens is not None and config.part is None:
+        tokens = min(tokens, 1.1 * config.max_tokens)
+    need = int((tokens + min(tokens, config.shard_tokens)) * (2 if small else 4))
+    if config.near_threshold is not None:
+        need += int(tokens * 3 / 6000 * 900)  # a sketch, twice, for documents of 6 kB
+    need += (config.workers or os.cpu_count() or 1) * max((getattr(item, "size", 0) for item in inputs), default=0)
+    free = shutil.disk_usage(work).free
+    print(f"disk: needs about {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
+    if need > free:
+        raise OSError(
+            f"{work}: needs about {need / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; free some, "
+            "name a folder on another disk with --name=PATH/NAME, or set --max_tokens"
+        )
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    """Hold the folder of work, so that no two preparations write into it; workers a killed one left behind hold it for
+    the moment they live on."""
+    while True:
+        work.mkdir(parents=True, exist_ok=True)
+        with open(work / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                print(f"{work}: another preparation is at work here; waiting for its end", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (work / "lock").exists() or not os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
+                continue  # the other has ended and taken the folder away
+            try:
+                yield
+            finally:
+                if work.exists() and not any(name.name != "lock" for name in work.iterdir()):
+                    shutil.rmtree(work)
+            return
 
 
 def _existing(path: Path, config: PrepareConfig) -> dict[str, Any]:
     if not (path / "meta.json").is_file():
         raise ValueError(f"{path}: is there already, and holds no shards; delete it, or choose another --name")
     meta = open_shards(config.name).meta
-    _remove_notes(path)
+    _remove_leftovers(path)
     _compare(path, meta["settings"], _settings(config))
     print(f"{path}: prepared already; delete it to prepare it again")
-    _report(path, meta)
+    _print_report(path, meta)
     return meta
 
 
 def _compare(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    if "source_fingerprint" in wanted and found["source_fingerprint"] != wanted["source_fingerprint"]:
+    if wanted.get("source_fingerprint") not in (None, found.get("source_fingerprint")):
         raise ValueError(f"{path}: the source's files have changed since it was begun; delete it to begin anew")
     different = [f"{key} was {found.get(key)!r}, is {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]]
     if different:
@@ -261,33 +436,37 @@ def _compare(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
     """What decides the shards' content, and so what must not change between a run and its continuation."""
-    return {key: value for key, value in dataclasses.asdict(config).items() if key not in ("name", "verify")}
+    return {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
 
 
-def _remove_notes(path: Path) -> None:
-    for note in (*path.glob("unit_*.json"), path / "settings.json"):
-        note.unlink(missing_ok=True)
+def _remove_leftovers(path: Path) -> None:
+    shutil.rmtree(path / "units", ignore_errors=True)
+    shutil.rmtree(path / "download", ignore_errors=True)
+    for leftover in (*path.glob("*.merged"), *(path / name for name in ("lock", "settings.json", "tokenizers.json"))):
+        leftover.unlink(missing_ok=True)
 
 
-def _total(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    sums = {key: sum(entry[key] for entry in entries) for key in ("documents", "bytes", "tokens")}
-    return {**sums, "shards": entries}
-
-
-def _report(path: Path, meta: dict[str, Any]) -> None:
+def _print_report(path: Path, meta: dict[str, Any]) -> None:
+    summary = _read_json(path / "report.json") if (path / "report.json").exists() else None
+    if summary:
+        print(report.table(summary))
+        for name, bytes_per_token in summary["tokenizers"].items():
+            print(f"tokenizer {name}: {bytes_per_token:.3f} bytes a token on held-out text")
     print(f"{path}: tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} ids")
     for split, total in meta["splits"].items():
         print(
             f"  {split:5} {total['documents']:>9,} documents {total['tokens']:>13,} tokens {total['bytes']:>14,} bytes"
             f"  {total['bytes'] / total['tokens']:.2f} bytes a token"
         )
-    for reason, count in sorted(meta["rejected"].items()):
-        print(f"  skipped, {reason}: {count:,}")
 
 
 def _progress_bar(what: str, total: int, initial: int = 0) -> tqdm:
     interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file gets few lines
     return tqdm(desc=what, total=total, initial=initial, unit="B", unit_scale=True, mininterval=interval)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -1,29 +1,36 @@
-"""Where documents come from. A source is a sequence of records in a fixed order, readable from any place on.
+"""Where documents come from. A source is a list of inputs in a fixed order; an input is a sequence of records in a
+fixed order, readable from any place on. A record is a Document, or a Rejection that says why it is none.
 
-    local         the Python on this machine: the standard library and installed packages; needs no network
-    files:GLOB    files of JSON lines in codeparrot-clean's columns, .jsonl or .json, plain or .gz
+    local            the Python on this machine: the standard library and installed packages; needs no network
+    dir:PATH         the source files below a folder, by extension; each folder in it counts as a repository
+    files:GLOB       files of rows: .json, .jsonl (plain, .gz or .zst) or .parquet
+    hub:NAME         the same files from a dataset repository of the Hugging Face hub; hub:NAME:GLOB takes some
+    commits:PATH     the commits of a git checkout: each changed file as before, message, after
 
-A record is a Document, or a Rejection that says why it is none.
+Several are joined by semicolons: --source='files:data/raw/*.parquet; commits:../linux'.
 """
 
 import glob
-import gzip
 import hashlib
-import json
 import os
 import sysconfig
-import zlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
+
+GROUP_BYTES = 2**24  # source files are read in groups of about this much
 
 
 class Document(NamedTuple):
     text: str  # the file's whole text
     repo: str  # repository or package: train and validation never share one
     path: str  # within the repository
-    license: str | None  # as the source names it
+    licenses: tuple[str, ...] = ()  # as the source names them
+    language: str | None = None  # as in LANGUAGES, or as the source names it
+    stars: int | None = None
+    parts: tuple[tuple[str, str], ...] = ()  # a notebook's or commit's texts, each after its marker; else empty
 
 
 class Rejection(NamedTuple):
@@ -31,113 +38,259 @@ class Rejection(NamedTuple):
     where: str  # for a person to look at
 
 
-class Source(Protocol):
-    size_bytes: int  # about how much text there is, for the progress bar
-    fingerprint: str  # changes when the records or their order may have
+class Input(Protocol):
+    """A part of a source that can be read by itself."""
+
+    name: str
+    text_bytes: int  # about how much text it holds
+    version: str  # changes when the records or their order may have
 
     def records(self, skip: int) -> Iterator[Document | Rejection]:
         """The records in order, but for the first `skip`."""
 
+    def release(self) -> None:
+        """Give back what reading took, such as a download's place on the disk."""
 
-def open_source(spec: str, package_bytes: int | None = None) -> Source:
-    """The source that `spec` names: `local`, with at most about `package_bytes` of each package, or `files:GLOB`.
-    Raises ValueError if it is unknown or matches nothing."""
-    kind, _, pattern = spec.partition(":")
+
+@dataclass(frozen=True)
+class SourceConfig:
+    source: str = "local"  # local, dir:PATH, files:GLOB, hub:NAME[:GLOB] or commits:PATH; several joined by ;
+    package_bytes: int | None = None  # of `local`, take about this much of a package at most; None takes all
+    revision: str | None = None  # of hub: a commit, tag or branch; None takes the newest; the commit is pinned
+    retry_s: float = 5.0  # first wait after a network failure, seconds; doubles up to ten minutes
+    text_column: str = "content,text,code"  # of rows: the first of these columns that is there
+    repo_column: str | None = "repo_name,repository_name,max_stars_repo_name,repo"  # None: each row its own repository
+    path_column: str = "path,max_stars_repo_path,file_path"  # likewise
+    license_column: str = "license,licenses,max_stars_repo_licenses,license_type"  # likewise
+    language_column: str = "language,lang"  # likewise
+    stars_column: str = "stars,max_stars_count,star_count"  # likewise
+    language: str | None = None  # of documents whose language neither a column nor the path's extension tells
+    max_document_bytes: int = 2**24  # larger documents are rejected; bytes
+
+    def __post_init__(self) -> None:
+        if self.max_document_bytes < 1:
+            raise ValueError(f"max_document_bytes is {self.max_document_bytes}; it must be at least 1")
+
+
+LANGUAGES = {
+    extension: language
+    for language, extensions in {
+        "C": ".c .h",
+        "C#": ".cs",
+        "C++": ".cc .cpp .cxx .hh .hpp .hxx",
+        "CSS": ".css",
+        "Go": ".go",
+        "HTML": ".htm .html",
+        "Haskell": ".hs",
+        "JSON": ".json",
+        "Java": ".java",
+        "JavaScript": ".cjs .js .jsx .mjs",
+        "Julia": ".jl",
+        "Jupyter Notebook": ".ipynb",
+        "Kotlin": ".kt .kts",
+        "Lua": ".lua",
+        "Markdown": ".markdown .md",
+        "PHP": ".php",
+        "Perl": ".pl .pm",
+        "Python": ".py .pyi .pyw",
+        "R": ".r",
+        "Ruby": ".rb",
+        "Rust": ".rs",
+        "SQL": ".sql",
+        "SVG": ".svg",
+        "Scala": ".scala",
+        "Shell": ".bash .sh",
+        "Swift": ".swift",
+        "TeX": ".tex",
+        "Text": ".txt",
+        "TypeScript": ".ts .tsx",
+        "XML": ".xml",
+        "YAML": ".yaml .yml",
+        "reStructuredText": ".rst",
+    }.items()
+    for extension in extensions.split()
+}
+
+
+def open_source(config: SourceConfig, downloads: Path, pins: dict[str, str]) -> list[Input]:
+    """The inputs that `config.source` names. A hub's files are downloaded into the folder `downloads`, one at a time;
+    `pins` holds the commits of its repositories, and those not in it yet are looked up and added. Raises ValueError if
+    a source is unknown, is not there or matches nothing."""
+    return [item for spec in config.source.split(";") for item in _open(spec.strip(), config, downloads, pins)]
+
+
+def _open(spec: str, config: SourceConfig, downloads: Path, pins: dict[str, str]) -> list[Input]:
+    kind, _, rest = spec.partition(":")
     if spec == "local":
-        return LocalSource(_python_folders(), package_bytes)
-    if kind == "files" and pattern:
-        return JsonLinesSource(pattern)
-    raise ValueError(f"--source={spec}: unknown; use local, or files:GLOB such as 'files:data/raw/*.json.gz'")
+        return local_files(_python_folders(), config.package_bytes, config.max_document_bytes)
+    if kind == "dir" and rest:
+        return folder_files(Path(rest), config.max_document_bytes)
+    if kind == "files" and rest:
+        from data.rows import RowFile
+
+        names = [name for name in sorted(glob.glob(rest, recursive=True)) if os.path.isfile(name)]
+        if not names:
+            raise ValueError(f"--source={spec}: no file matches; check the path, and quote the pattern")
+        return [RowFile(Path(name), config) for name in names]
+    if kind == "hub" and rest:
+        from data.hub import hub_files
+
+        return hub_files(rest, config, downloads, pins)
+    if kind == "commits" and rest:
+        from data.commits import Commits
+
+        return [Commits(Path(rest), config.max_document_bytes)]
+    raise ValueError(
+        f"--source={spec}: unknown; use local, dir:PATH, files:GLOB such as 'files:data/raw/*.json.gz', hub:NAME such "
+        "as hub:codeparrot/codeparrot-clean, or commits:PATH"
+    )
 
 
-class LocalSource:
-    """Python files under folders, in order of package and path. A vendored copy (`pip/_vendor/rich/…`) belongs to the
-    package it is a copy of, so that the same code is not in train and validation both. Of a package with more than
-    `package_bytes`, a share of the files picked by a hash of their paths makes about that much."""
+class SourceFile(NamedTuple):
+    repo: str
+    path: str  # within the repository's parent, as a Document gives it
+    file: Path
+    version: str
+    rejected: str | None = None  # why it is not even tried
 
-    def __init__(self, folders: dict[Path, str], package_bytes: int | None = None):
-        files = sorted(
-            (_package(path.relative_to(folder), prefix), str(path.relative_to(folder)), path, path.stat())
-            for folder, prefix in folders.items()
-            for path in _python_files(folder)
+
+@dataclass(frozen=True)
+class FileGroup:
+    """Files of source code, read one after the other."""
+
+    files: tuple[SourceFile, ...]
+    text_bytes: int
+    max_bytes: int
+
+    @property
+    def name(self) -> str:
+        return self.files[0].path
+
+    @property
+    def version(self) -> str:
+        return digest_of(f"{file.path} {file.version}" for file in self.files)
+
+    def records(self, skip: int) -> Iterator[Document | Rejection]:
+        for file in self.files[skip:]:
+            yield self._read(file)
+
+    def release(self) -> None:
+        pass
+
+    def _read(self, file: SourceFile) -> Document | Rejection:
+        if file.rejected:
+            return Rejection(file.rejected, str(file.file))
+        try:
+            data = file.file.read_bytes()
+            if len(data) > self.max_bytes:
+                return Rejection("too large", str(file.file))
+            return Document(data.decode("utf-8"), file.repo, file.path, language=language_of(file.path))
+        except UnicodeDecodeError:
+            return Rejection("not UTF-8", str(file.file))
+        except OSError as error:
+            return Rejection("unreadable", f"{file.file}: {error.strerror}")
+
+
+def local_files(folders: dict[Path, str], package_bytes: int | None, max_bytes: int) -> list[Input]:
+    """The Python files under folders, in order of package and path; each folder has a prefix for its packages' names.
+
+    A vendored copy (`pip/_vendor/rich/…`) belongs to the package it is a copy of, so that the same code is not in train
+    and validation both. Of a package with more than `package_bytes`, a share of the files picked by a hash of their
+    paths makes about that much."""
+    files = sorted(
+        _source_file(path, _package(path.relative_to(folder), prefix), str(path.relative_to(folder)), max_bytes)
+        for folder, prefix in folders.items()
+        for path, link in _walk(folder, ("site-packages", "dist-packages"))
+        if path.suffix == ".py" and not link and path.is_file()
+    )
+    sizes: Counter[str] = Counter()
+    for file in files:
+        sizes[file.repo] += _size(file)
+    limit = package_bytes or max(sizes.values(), default=0)
+    return _groups(
+        [file for file in files if fraction(f"{file.repo} {file.path}") * sizes[file.repo] < limit], max_bytes
+    )
+
+
+def folder_files(folder: Path, max_bytes: int) -> list[Input]:
+    """The files below `folder` whose extension names a language, in order of path; what lies in `folder` itself makes a
+    repository of its name. Hidden folders and node_modules are left out, symbolic links are rejected. Raises ValueError
+    if there is none."""
+    if not folder.is_dir():
+        raise ValueError(f"--source=dir:{folder}: no such folder")
+    files = []
+    for path, problem in _walk(folder, ("node_modules",)):
+        relative = path.relative_to(folder)
+        repo = relative.parts[0] if len(relative.parts) > 1 else folder.resolve().name
+        if problem:
+            files.append(SourceFile(repo, str(relative), path, "", problem))
+        elif language_of(path.name):
+            files.append(_source_file(path, repo, str(relative), max_bytes))
+    if not files:
+        raise ValueError(
+            f"--source=dir:{folder}: holds no source files; known extensions: {' '.join(sorted(LANGUAGES))}"
         )
-        sizes: Counter[str] = Counter()
-        for repo, _, _, stat in files:
-            sizes[repo] += stat.st_size
-        limit = package_bytes or max(sizes.values(), default=0)
-        self.files = [file for file in files if fraction(f"{file[0]} {file[1]}") * sizes[file[0]] < limit]
-        self.size_bytes = sum(stat.st_size for *_, stat in self.files)
-        self.fingerprint = _digest(f"{repo} {name} {_version(stat)}" for repo, name, _, stat in self.files)
-
-    def records(self, skip: int) -> Iterator[Document | Rejection]:
-        for repo, name, path, _ in self.files[skip:]:
-            try:
-                yield Document(path.read_bytes().decode("utf-8"), repo, name, None)
-            except UnicodeDecodeError:
-                yield Rejection("not UTF-8", str(path))
-            except OSError as error:
-                yield Rejection("unreadable", f"{path}: {error.strerror}")
+    return _groups(sorted(files), max_bytes)
 
 
-class JsonLinesSource:
-    """JSON lines with columns `content`, `repo_name` and, where there, `path` and `license`, as in codeparrot-clean."""
-
-    GZIP_RATIO = 3.5  # source code's, about
-
-    def __init__(self, pattern: str):
-        self.files = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(name)]
-        if not self.files:
-            raise ValueError(f"--source=files:{pattern}: no file matches; check the path, and quote the pattern")
-        ratios = {path: self.GZIP_RATIO if path.suffix == ".gz" else 1 for path in self.files}
-        self.size_bytes = int(sum(path.stat().st_size * ratio for path, ratio in ratios.items()))
-        self.fingerprint = _digest(f"{path} {_version(path.stat())}" for path in self.files)
-
-    def records(self, skip: int) -> Iterator[Document | Rejection]:
-        for path in self.files:
-            lines = _lines(path)
-            for number, line in enumerate(lines, start=1):
-                if skip:
-                    skip -= 1
-                elif isinstance(line, Rejection):
-                    yield line
-                else:
-                    yield _document(line, f"{path}, line {number}")
+def language_of(path: str) -> str | None:
+    """The language that a path's extension names, as in LANGUAGES."""
+    return LANGUAGES.get(os.path.splitext(path)[1].lower())
 
 
-def _document(line: bytes, where: str) -> Document | Rejection:
-    if not line.strip():
-        return Rejection("empty", where)
+def fraction(key: str) -> float:
+    """A number in [0, 1) that depends on `key` alone."""
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "replace")).digest()[:8], "big") / 2**64
+
+
+def digest_of(lines: Iterator[str]) -> str:
+    """sha256 of some lines."""
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def file_version(stat: os.stat_result) -> str:
+    return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+def _source_file(path: Path, repo: str, name: str, max_bytes: int) -> SourceFile:
     try:
-        row = json.loads(line)
-        text, repo = row["content"], row["repo_name"]
-        if not (isinstance(text, str) and isinstance(repo, str)):
-            raise TypeError
-    except KeyError as error:
-        return Rejection(f"no column {error}", where)
-    except (ValueError, TypeError, RecursionError):
-        return Rejection("malformed line", where)
-    if not _is_unicode(text):
-        return Rejection("lone surrogate", where)
-    return Document(text, repo, str(row.get("path", "")), row.get("license"))
+        stat = path.stat()
+    except OSError:
+        return SourceFile(repo, name, path, "", "unreadable")
+    rejected = "not a file" if not path.is_file() else "too large" if stat.st_size > max_bytes else None
+    return SourceFile(repo, name, path, file_version(stat), rejected)
 
 
-def _lines(path: Path) -> Iterator[bytes | Rejection]:
-    """The lines of a file, plain or gzipped; one that breaks off ends with a Rejection."""
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            yield from file
-    except PermissionError:
-        yield Rejection("unreadable", f"{path}: no permission")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:  # any other OSError is the disk's: it stops the run
-        yield Rejection("file breaks off", f"{path}: {error}")
+def _size(file: SourceFile) -> int:
+    return 0 if file.rejected or not file.version else int(file.version.split()[0])
 
 
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+def _groups(files: list[SourceFile], max_bytes: int) -> list[Input]:
+    """Neighbours together, about GROUP_BYTES each."""
+    groups: list[Input] = []
+    members: list[SourceFile] = []
+    n_bytes = 0
+    for file in files:
+        members.append(file)
+        n_bytes += _size(file)
+        if n_bytes >= GROUP_BYTES or file is files[-1]:
+            groups.append(FileGroup(tuple(members), n_bytes, max_bytes))
+            members, n_bytes = [], 0
+    return groups
+
+
+def _walk(folder: Path, left_out: tuple[str, ...]) -> Iterator[tuple[Path, str | None]]:
+    """Every file below `folder`, and what can be no file or no folder with the reason: symbolic links are not followed,
+    folders that cannot be listed are named."""
+    problems: list[OSError] = []
+    for root, folders, names in os.walk(folder, onerror=problems.append):
+        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
+        yield from ((Path(root, name), "symbolic link") for name in links)
+        skipped = {*left_out, *links, "__pycache__"}
+        folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
+        for name in names:
+            yield Path(root, name), "symbolic link" if os.path.islink(os.path.join(root, name)) else None
+    yield from ((Path(error.filename), "unreadable") for error in problems if Path(error.filename) != folder)
 
 
 def _python_folders() -> dict[Path, str]:
@@ -147,29 +300,8 @@ def _python_folders() -> dict[Path, str]:
     return {folder.resolve(): prefix for folder, prefix in folders.items()}
 
 
-def _python_files(folder: Path) -> Iterator[Path]:
-    """Every .py file below `folder`, symbolic links and nested site-packages left out."""
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name not in ("__pycache__", "site-packages", "dist-packages")]
-        paths = (Path(root, name) for name in names if name.endswith(".py"))
-        yield from (path for path in paths if path.is_file() and not path.is_symlink())
-
-
 def _package(path: Path, prefix: str) -> str:
     vendored = [place for place, part in enumerate(path.parts[:-1]) if part == "_vendor"]
     if vendored:
         return Path(path.parts[vendored[-1] + 1]).stem
     return prefix + Path(path.parts[0]).stem
-
-
-def _version(stat: os.stat_result) -> str:
-    return f"{stat.st_size} {stat.st_mtime_ns}"
-
-
-def fraction(key: str) -> float:
-    """A number in [0, 1) that depends on `key` alone."""
-    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "replace")).digest()[:8], "big") / 2**64
-
-
-def _digest(lines: Iterator[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()

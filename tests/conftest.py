@@ -15,10 +15,10 @@ import pytest
 
 from config import load_config, run_stage
 from data.prepare import PrepareConfig, prepare
-from dataloader import Shards
+from shards import Shards
 from train import TrainConfig
 
-SHARD_SETTINGS = ("--tokenizer=train:512", "--val_fraction=0.3", "--shard_bytes=500000")
+SHARD_SETTINGS = ("--tokenizer=train:512", "--val_fraction=0.3", "--unit_bytes=250000", "--shard_tokens=100000")
 PACKAGES = ("asyncio", "concurrent", "email", "html", "http", "importlib", "json", "logging", "tkinter", "unittest")
 
 

@@ -17,12 +17,41 @@ ROOMS = {
     "tokenizer": ({"atomic"}, {"numpy", "tiktoken"}),
     "model": (set(), {"torch"}),
     "device": (set(), {"torch"}),
-    "dataloader": ({"atomic"}, {"numpy", "torch"}),
+    "shards": ({"atomic"}, {"numpy"}),
+    "dataloader": ({"shards"}, {"numpy", "torch"}),
     "metrics": ({"atomic"}, set()),
     "checkpoint": ({"atomic", "model", "tokenizer"}, {"torch"}),
     "data.sources": (set(), set()),
-    "data.prepare": ({"config", "atomic", "tokenizer", "dataloader", "data.sources"}, {"numpy", "tqdm"}),
-    "eval_perplexity": ({"config", "model", "tokenizer", "device", "dataloader", "checkpoint"}, {"torch"}),
+    "data.rows": ({"data.sources"}, set()),
+    "data.hub": ({"data.sources", "data.rows"}, set()),
+    "data.commits": ({"data.sources"}, set()),
+    "data.clean": ({"data.sources"}, set()),
+    "data.dedup": (set(), {"numpy"}),
+    "data.decontaminate": (set(), {"numpy"}),
+    "data.redact": (set(), set()),
+    "data.formats": ({"tokenizer", "data.sources"}, set()),
+    "data.units": (
+        {
+            "atomic",
+            "tokenizer",
+            "shards",
+            *("data.sources", "data.rows", "data.clean", "data.dedup"),
+            *("data.decontaminate", "data.redact", "data.formats"),
+        },
+        {"numpy"},
+    ),
+    "data.workers": ({"data.sources", "data.units"}, set()),
+    "data.publish": ({"atomic", "shards", "data.dedup", "data.units"}, {"numpy"}),
+    "data.report": ({"data.clean", "data.publish"}, {"numpy"}),
+    "data.prepare": (
+        {
+            *("config", "atomic", "tokenizer", "shards"),
+            *("data.sources", "data.dedup", "data.formats", "data.units", "data.workers"),
+            *("data.publish", "data.report"),
+        },
+        {"numpy", "tqdm"},
+    ),
+    "eval_perplexity": ({"config", "model", "tokenizer", "device", "shards", "dataloader", "checkpoint"}, {"torch"}),
     "sample": ({"config", "model", "tokenizer", "device", "checkpoint"}, {"torch"}),
     "train": (
         {
@@ -30,6 +59,7 @@ ROOMS = {
             "model",
             "tokenizer",
             "device",
+            "shards",
             "dataloader",
             "checkpoint",
             "metrics",
@@ -55,7 +85,7 @@ def imported(tree: ast.Module) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" if node.module == "data" else node.module for alias in node.names}
     return names
 
 

@@ -1,17 +1,28 @@
-import gzip
-import json
+import os
+import stat
+from pathlib import Path
 
 import pytest
 
-from data.sources import Document, JsonLinesSource, LocalSource, Rejection, open_source
+from data.sources import Document, Input, Rejection, SourceConfig, folder_files, local_files, open_source
+
+LIMIT = 2**24
+
+
+def opened(**settings) -> list[Input]:
+    return open_source(SourceConfig(**settings), Path("downloads"), {})
+
+
+def records(inputs: list[Input]) -> list[Document | Rejection]:
+    return [record for item in inputs for record in item.records(skip=0)]
 
 
 def test_local_source_reads_this_pythons_standard_library_and_packages():
-    source = open_source("local")
-    repos = {repo for repo, *_ in source.files}
+    inputs = opened(source="local")
+    repos = {file.repo for item in inputs for file in item.files}
     assert {"python/json", "torch", "numpy"} <= repos
-    document = next(record for record in source.records(skip=0) if isinstance(record, Document))
-    assert document.text == source.files[0][2].read_text(encoding="utf-8")
+    document = next(record for record in inputs[0].records(skip=0) if isinstance(record, Document))
+    assert document.text == inputs[0].files[0].file.read_text(encoding="utf-8") and document.language == "Python"
 
 
 def test_a_vendored_copy_belongs_to_the_package_it_copies(tmp_path):
@@ -20,9 +31,9 @@ def test_a_vendored_copy_belongs_to_the_package_it_copies(tmp_path):
         (tmp_path / name).write_text("x = 1\n")
     (tmp_path / "loop").symlink_to(tmp_path)
     (tmp_path / "rich/latin.py").write_bytes(b"# \xe9\n")
-    records = list(LocalSource({tmp_path: ""}).records(skip=0))
-    assert [record.repo for record in records if isinstance(record, Document)] == ["pip", "rich", "rich", "six", "six"]
-    assert [record.reason for record in records if isinstance(record, Rejection)] == ["not UTF-8"]
+    found = records(local_files({tmp_path: ""}, None, LIMIT))
+    assert [record.repo for record in found if isinstance(record, Document)] == ["pip", "rich", "rich", "six", "six"]
+    assert [record.reason for record in found if isinstance(record, Rejection)] == ["not UTF-8"]
 
 
 def test_a_giant_package_is_cut_to_a_share_of_its_files_and_others_stay_whole(tmp_path):
@@ -30,42 +41,80 @@ def test_a_giant_package_is_cut_to_a_share_of_its_files_and_others_stay_whole(tm
         (tmp_path / name).mkdir()
         for i in range(count):
             (tmp_path / name / f"{i}.py").write_text(f"x = {i:096}")  # 100 bytes
-    files = [file[:2] for file in LocalSource({tmp_path: ""}, package_bytes=20_000).files]
-    giant, small = (sum(repo == name for repo, _ in files) for name in ("giant", "small"))
+    files = [file for item in local_files({tmp_path: ""}, 20_000, LIMIT) for file in item.files]
+    giant, small = (sum(file.repo == name for file in files) for name in ("giant", "small"))
     assert 150 < giant < 250 and small == 10
-    assert files == [file[:2] for file in LocalSource({tmp_path: ""}, package_bytes=20_000).files]
-    assert len(LocalSource({tmp_path: ""}).files) == 1010
+    assert files == [file for item in local_files({tmp_path: ""}, 20_000, LIMIT) for file in item.files]
+    assert sum(len(item.files) for item in local_files({tmp_path: ""}, None, LIMIT)) == 1010
 
 
-def test_bad_lines_are_rejected_by_reason_and_nothing_else_is_lost(tmp_path):
-    good = {"repo_name": "a/b", "path": "x.py", "content": "x = 1\n", "license": "mit", "stars": 3}
-    lines = [json.dumps(good), "{", "[1]", json.dumps({**good, "content": None}), json.dumps({"content": "x"})]
-    lines += [json.dumps({**good, "content": "\ud800"}), "", json.dumps({**good, "content": "\x00 <|endoftext|>"})]
-    with gzip.open(tmp_path / "a.json.gz", "wt") as file:
-        file.write("\n".join(lines))
-    whole = (tmp_path / "a.json.gz").read_bytes()
-    (tmp_path / "b.json.gz").write_bytes(gzip.compress(b"\n".join([json.dumps(good).encode()] * 9999))[:-20])
-    (tmp_path / "c.json.gz").write_bytes(b"no gzip")
-    (tmp_path / "d.json.gz").write_bytes(whole)
-    records = list(JsonLinesSource(f"{tmp_path}/*.json.gz").records(skip=0))
-    reasons = [record.reason for record in records if isinstance(record, Rejection)]
-    of_one_file = ["malformed line"] * 3 + ["no column 'repo_name'", "lone surrogate", "empty"]
-    assert reasons == [*of_one_file, "file breaks off", "file breaks off", *of_one_file]
-    documents = [record for record in records if isinstance(record, Document)]
-    assert documents[0] == documents[-2] == Document("x = 1\n", "a/b", "x.py", "mit")
-    assert documents[1].text == documents[-1].text == "\x00 <|endoftext|>"
-    assert len(documents) > 9000
+def test_a_folder_gives_its_source_files_and_counts_what_cannot_be_read(tmp_path):
+    checkout = tmp_path / "work"
+    for name in ("a/main.py", "a/.git/hook.py", "a/node_modules/x.js", "b/lib.rs", "setup.py", "b/picture.png"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text("let x = 1;\n")
+    (checkout / "a/empty.py").write_bytes(b"")
+    (checkout / "a/latin.c").write_bytes(b"// \xe9\n")
+    (checkout / "b/loop").symlink_to(checkout)
+    (checkout / "b/gone.go").symlink_to(checkout / "nowhere.go")
+    os.mkfifo(checkout / "b/pipe.py")
+    (checkout / "b/big.sql").write_text("x" * 101)
+    found = records(folder_files(checkout, 100))
+    documents = [(record.repo, record.path, record.language) for record in found if isinstance(record, Document)]
+    assert documents == [
+        ("a", "a/empty.py", "Python"),
+        ("a", "a/main.py", "Python"),
+        ("b", "b/lib.rs", "Rust"),
+        ("work", "setup.py", "Python"),
+    ]
+    rejected = [(record.reason, Path(record.where).name) for record in found if isinstance(record, Rejection)]
+    assert sorted(rejected) == [
+        ("not UTF-8", "latin.c"),
+        ("not a file", "pipe.py"),
+        ("symbolic link", "gone.go"),
+        ("symbolic link", "loop"),
+        ("too large", "big.sql"),
+    ]
 
 
-def test_records_can_be_read_from_any_place_on(corpus):
-    source = JsonLinesSource(f"{corpus}/*.gz")
-    records = list(source.records(skip=0))
-    for skip in (1, len(records) // 2, len(records) - 1, len(records)):
-        assert list(source.records(skip=skip)) == records[skip:]
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_what_may_not_be_read_is_counted(tmp_path):
+    for name in ("a/x.py", "b/y.py", "c/z.py"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("x = 1\n")
+    (tmp_path / "a/x.py").chmod(0)
+    (tmp_path / "b").chmod(0)
+    try:
+        reasons = [record.reason for record in records(folder_files(tmp_path, 100)) if isinstance(record, Rejection)]
+    finally:
+        (tmp_path / "b").chmod(stat.S_IRWXU)
+    assert reasons == ["unreadable", "unreadable"]
 
 
-def test_unknown_sources_and_empty_globs_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="--source=hub: unknown; use local, or files:GLOB"):
-        open_source("hub")
-    with pytest.raises(ValueError, match="no file matches; check the path, and quote the pattern"):
-        open_source(f"files:{tmp_path}/*.gz")
+def test_a_file_that_goes_away_while_it_is_read_is_counted(tmp_path):
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text("x = 1\n")
+    inputs = folder_files(tmp_path, 100)
+    (tmp_path / "a.py").unlink()
+    gone, kept = records(inputs)
+    assert isinstance(gone, Rejection) and gone.reason == "unreadable" and isinstance(kept, Document)
+
+
+def test_several_sources_are_joined_in_order(corpus, tmp_path):
+    (tmp_path / "a.py").write_text("x = 1\n")
+    inputs = opened(source=f"dir:{tmp_path} ; files:{corpus}/*.gz")
+    assert len(inputs) == 3 and inputs[0].name == "a.py"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("lokal", "--source=lokal: unknown; use local, dir:PATH, files:GLOB"),
+        ("files:/nowhere/*.gz", "no file matches; check the path, and quote the pattern"),
+        ("dir:/nowhere", "--source=dir:/nowhere: no such folder"),
+        ("commits:/", "not a git checkout with commits"),
+    ],
+)
+def test_sources_that_are_not_there_are_refused(source, message):
+    with pytest.raises(ValueError, match=message.replace("*", r"\*")):
+        opened(source=source)

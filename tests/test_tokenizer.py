@@ -38,7 +38,7 @@ def test_text_is_ordinary_text_and_documents_end_with_end_of_text(tokenizer):
     text = "print('<|endoftext|>')"
     assert tokenizer.end_of_text not in tokenizer.encode(text)
     with ThreadPoolExecutor(2) as pool:
-        (ids,) = tokenizer.encode_documents([text], pool)
+        (ids,) = tokenizer.encode_documents([[text]], pool)
     assert ids.dtype == np.uint32
     assert ids.tolist() == [*tokenizer.encode(text), tokenizer.end_of_text]
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"

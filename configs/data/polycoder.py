@@ -1,0 +1,10 @@
+# PolyCoder's treatment, of the checkouts below data/raw/repositories, a folder each: 12 languages, files of at most 1 MB
+# and at least 100 tokens, no exact duplicates. Validation is kept by language, for perplexity by language.
+name = "polycoder"
+source = "dir:data/raw/repositories"
+languages = "C,C#,C++,Go,Java,JavaScript,PHP,Python,Ruby,Rust,Scala,TypeScript"
+max_document_bytes = 1_000_000
+filters = "polycoder"
+min_tokens = 100
+tokenizer = "train:50257"
+tokenizer_sample_bytes = 2**28
