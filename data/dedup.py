@@ -19,7 +19,7 @@ import numpy as np
 
 PERMUTATIONS = 256
 MIN_SHINGLES = 10  # with fewer, Jaccard similarity says little: CodeParrot compares no such document either
-KEYS_AT_A_TIME = 2**22  # keys sorted in memory at once; documents in a range of keys
+KEYS_AT_A_TIME = 2**20  # keys sorted in memory at once
 RECALL = 0.99  # of pairs at the threshold, at least this share gets compared
 WORD = re.compile(rb"[A-Za-z0-9_]+")
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -155,8 +155,8 @@ def _equal_keys(keys: np.ndarray, alive: np.ndarray | None = None) -> Iterator[t
 
 def _alike(signatures: np.ndarray, a: np.ndarray, b: np.ndarray, threshold: float) -> np.ndarray:
     alike = np.empty(len(a), dtype=bool)
-    for start in range(0, len(a), 2**14):
-        part = slice(start, start + 2**14)
+    for start in range(0, len(a), 2**12):
+        part = slice(start, start + 2**12)
         alike[part] = similarity(signatures[a[part]], signatures[b[part]]) >= threshold
     return alike
 

@@ -14,16 +14,13 @@ whatever the number of workers. The folder gets its name when it is complete.
 
 import dataclasses
 import fcntl
-import fnmatch
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +29,24 @@ from tqdm import tqdm
 
 from atomic import atomic_write
 from config import format_config, run_stage
-from data import dedup, report, workers
-from data.formats import SPECIALS
-from data.publish import EXACT, KEPT, NEAR, STATUS, Units, choose, finished_units, plan, tokens_of, write
-from data.sources import Document, Input, Rejection, digest_of, fraction, open_source
-from data.units import Refined, Refinery, Tally, UnitConfig, read_notes, utf8_bytes
+from data import report, workers
+from data.preview import preview
+from data.publish import KEPT, Units, choose, finished_units, plan, tokens_of, write
+from data.refine import RefineConfig, Refinery, is_validation
+from data.sources import Input, digest_of, open_source
+from data.units import read_notes
+from data.vocabulary import tokenizer_for
 from shards import SPLITS, open_shards, shards_path
-from tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
-SAMPLED_INPUTS = 16  # a tokenizer's sample comes from at most this many, spread over the source
-HELD_OUT_BYTES = 2**21  # validation text on which tokenizers are compared
 # Settings that do not decide the shards' content.
 FREE = ("name", "verify", "workers", "part", "merge", "dry_run", "retry_s")
 
 
 @dataclass(frozen=True)
-class PrepareConfig(UnitConfig):
+class PrepareConfig(RefineConfig):
     name: str = "local"  # the folder under data/shards, or a path of its own
     max_tokens: int | None = None  # stop once train and validation hold this many; None takes all
+    unit_bytes: int = 2**24  # text a unit of work, which is what a kill loses at most; bytes
     shard_tokens: int = 2**27  # tokens a shard, about
     workers: int | None = None  # processes; None takes one a core
     part: str | None = None  # I/N: make the units of every Nth input file alone, into NAME.part-I-of-N
@@ -59,7 +56,7 @@ class PrepareConfig(UnitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_tokens", "shard_tokens", "workers", "merge", "dry_run"):
+        for name in ("max_tokens", "unit_bytes", "shard_tokens", "workers", "merge", "dry_run"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if not self.name:
@@ -82,7 +79,8 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         return shards.meta
     print(format_config(config))
     if config.dry_run is not None:
-        return _dry_run(config)
+        inputs, _ = _inputs(config, path.with_name(f"{path.name}.dry"), {})
+        return preview(config, inputs, config.dry_run)
     work = path.with_name(path.name + (".part-{}-of-{}".format(*part_of(config.part)) if config.part else ".partial"))
     if os.path.lexists(path):
         return _existing(path, config)
@@ -110,7 +108,7 @@ def _prepare(path: Path, work: Path, config: PrepareConfig) -> dict[str, Any]:
     else:
         inputs = [None] * state["n_inputs"]
     try:
-        tokenizer = _tokenizer(work, inputs, config)
+        tokenizer = tokenizer_for(config, inputs, work)
         refinery = Refinery(config, tokenizer)
     except (ValueError, FileNotFoundError):
         shutil.rmtree(work)
@@ -152,15 +150,10 @@ def _inputs(config: PrepareConfig, work: Path, pins: dict[str, str]) -> tuple[li
     """The source's inputs, those of `val_files` first, and the commits of hub repositories, found or given."""
     pins = dict(pins)
     inputs = open_source(config, work / "download", pins)
-    first = [item for item in inputs if _is_val(item, config)]
+    first = [item for item in inputs if is_validation(item, config)]
     if config.val_files and not first:
         raise ValueError(f"--val_files={config.val_files}: matches none of {len(inputs)} inputs, {inputs[0].name} …")
-    return first + [item for item in inputs if not _is_val(item, config)], pins
-
-
-def _is_val(item: Input, config: PrepareConfig) -> bool:
-    pattern = config.val_files
-    return pattern is not None and any(fnmatch.fnmatch(n, pattern) for n in (item.name, os.path.basename(item.name)))
+    return first + [item for item in inputs if not is_validation(item, config)], pins
 
 
 def _begin(
@@ -196,13 +189,15 @@ def _make_units(
     wanted = config.max_tokens if config.part is None else None
     while True:
         todo = [
-            (number, item, _is_val(item, config))
+            (number, item, is_validation(item, config))
             for number, item in enumerate(inputs)
             if item is not None and number % n_parts == part - 1 and not _is_done(work, number)
         ]
         if todo and not (wanted and finished_units(work, len(inputs), wanted).complete):
-            with _progress_bar("tokenizing", sum(item.text_bytes for _, item, _ in todo)) as bar:
-                workers.run(work, todo, refinery, n_workers, _Progress(bar, work, len(inputs), wanted))
+            with report.progress_bar("tokenizing", sum(item.text_bytes for _, item, _ in todo)) as bar:
+                workers.run(
+                    work, todo, refinery, n_workers, config.unit_bytes, _Progress(bar, work, len(inputs), wanted)
+                )
         if config.part is not None:
             return Units(work, [], [], True, True), np.empty(0), np.empty(0)
         units = finished_units(work, len(inputs), wanted)
@@ -234,72 +229,6 @@ def _is_done(work: Path, number: int) -> bool:
     return bool(notes) and notes[-1]["last"]
 
 
-def _tokenizer(work: Path, inputs: list[Input], config: PrepareConfig) -> Tokenizer:
-    """The tokenizer the settings ask for, kept in `work`, so that a run that goes on uses the same."""
-    path = work / "tokenizer.json"
-    if path.exists():
-        return load_tokenizer(str(path))
-    specials = SPECIALS if _needs_specials(config) else ()
-    kind, _, size = config.tokenizer.partition(":")
-    if kind != "train":
-        tokenizer = load_tokenizer(config.tokenizer).with_specials(specials)
-    elif size.isdecimal():
-        held_out: list[str] = []
-        sample = _tokenizer_sample(inputs, config, held_out)
-        tokenizer = train_tokenizer(sample, int(size) - len(specials)).with_specials(specials)
-        _write_json(work / "tokenizers.json", _compared(tokenizer, held_out))
-    else:
-        raise ValueError(f"--tokenizer={config.tokenizer}: wants a number of ids, such as train:4096")
-    tokenizer.save(path)
-    return tokenizer
-
-
-def _needs_specials(config: PrepareConfig) -> bool:
-    return bool(config.metadata_rate or config.fim_rate or config.notebooks or "commits:" in config.source)
-
-
-def _tokenizer_sample(inputs: list[Input], config: PrepareConfig, held_out: list[str]) -> Iterator[str]:
-    """Cleaned training documents, chosen by a hash of repository and path, from inputs spread evenly over the source,
-    up to `tokenizer_sample_bytes`; some of the validation text among them goes to `held_out`."""
-    chosen = [inputs[place] for place in np.unique(np.linspace(0, len(inputs) - 1, SAMPLED_INPUTS).astype(int))]
-    rate = config.tokenizer_sample_bytes / max(1, sum(item.text_bytes for item in chosen))
-    refinery, left, left_held_out = Refinery(config), config.tokenizer_sample_bytes, HELD_OUT_BYTES
-    with _progress_bar("sampling for the tokenizer", left) as bar:
-        for item in chosen:
-            records = (record for record in item.records(skip=0) if isinstance(record, Document))
-            for document in records:
-                is_val = _is_val(item, config) or refinery.split(document) == "val"
-                draw = fraction(f"sample {config.seed} {document.repo} {document.path}")
-                if left <= 0 or draw >= rate or (is_val and left_held_out <= 0):
-                    if left <= 0:
-                        return
-                    continue
-                for kept in refinery.clean([document], Tally()):
-                    n_bytes = utf8_bytes(kept.text)
-                    if is_val:
-                        left_held_out -= n_bytes
-                        held_out.append(kept.text)
-                    else:
-                        left -= n_bytes
-                        bar.update(n_bytes)
-                        yield kept.text
-
-
-def _compared(tokenizer: Tokenizer, held_out: list[str]) -> dict[str, float]:
-    """Bytes a token on the same held-out text, of a new tokenizer and of cl100k_base if that can be had."""
-    tokenizers = {tokenizer.name: tokenizer}
-    try:
-        tokenizers["cl100k_base"] = load_tokenizer("cl100k_base")
-    except ValueError:
-        print("cl100k_base could not be loaded: the new tokenizer is not compared with it", file=sys.stderr)
-    n_bytes = sum(map(utf8_bytes, held_out))
-    counts = {
-        name: sum(len(ids) - 1 for ids in one.encode_documents([[text] for text in held_out]) if ids is not None)
-        for name, one in tokenizers.items()
-    }
-    return {name: round(n_bytes / count, 4) for name, count in counts.items() if count}
-
-
 def _gather_parts(path: Path, work: Path, config: PrepareConfig) -> None:
     """Move the units of all parts into one folder of work."""
     folders = [path.with_name(f"{path.name}.part-{part}-of-{config.merge}") for part in range(1, config.merge + 1)]
@@ -324,50 +253,6 @@ def _gather_parts(path: Path, work: Path, config: PrepareConfig) -> None:
         _write_json(work / f"{folder.name}.merged", {})
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _dry_run(config: PrepareConfig) -> dict[str, Any]:
-    """Take the first documents through every step, in memory, and show what is dropped."""
-    tally, documents = Tally(), []
-    inputs, _ = _inputs(config, shards_path(config.name).with_name(f"{shards_path(config.name).name}.dry"), {})
-    per_input = -(-config.dry_run // len(inputs))
-    for item in inputs:
-        for record in islice(item.records(skip=0), per_input):
-            if isinstance(record, Rejection):
-                tally.reject(record.reason, record.where)
-            else:
-                documents.append(record)
-    kind, _, size = config.tokenizer.partition(":")
-    texts = (document.text for document in documents)
-    tokenizer = train_tokenizer(texts, int(size)) if kind == "train" else load_tokenizer(config.tokenizer)
-    refinery = Refinery(config, tokenizer.with_specials(SPECIALS))
-    refined = refinery.refine(documents, False, tally)
-    for reason, one, original in _duplicates(refined, config):
-        tally.reject(reason, f"{_where(one)}, as {_where(original)}", one.document.text)
-    for item in inputs:
-        item.release()
-    print(report.examples(tally.cases, tally.rejected, len(documents)))
-    print(f"\n{len(documents):,} documents read, {sum(tally.rejected.values()):,} dropped; nothing was written")
-    return dict(tally.rejected)
-
-
-def _duplicates(refined: list[Refined], config: PrepareConfig) -> Iterator[tuple[str, Refined, Refined]]:
-    """Later copies among documents: the reason, the copy, and the document it is a copy of."""
-    digests = np.array([np.frombuffer(one.digest, "<u8") for one in refined]).reshape(-1, 2)
-    exact = dedup.exact_duplicates(digests) if config.exact_duplicates else np.zeros(len(refined), bool)
-    firsts = {one.digest: one for one in reversed(refined)}
-    yield from ((STATUS[EXACT], one, firsts[one.digest]) for one, copy in zip(refined, exact, strict=True) if copy)
-    chosen = [one for one, copy in zip(refined, exact, strict=True) if not copy and one.sketch]
-    if config.near_threshold is not None and chosen:
-        keys, signatures = (np.array([one.sketch[place] for one in chosen]) for place in (0, 1))
-        first = dedup.near_duplicates(keys.T, signatures, np.ones(len(chosen), bool), config.near_threshold)
-        yield from (
-            (STATUS[NEAR], one, chosen[f]) for i, (one, f) in enumerate(zip(chosen, first, strict=True)) if f != i
-        )
-
-
-def _where(one: Refined) -> str:
-    return f"{one.document.repo}: {one.document.path}"
 
 
 def _check_disk(work: Path, inputs: list[Input], config: PrepareConfig) -> None:
@@ -458,11 +343,6 @@ def _print_report(path: Path, meta: dict[str, Any]) -> None:
             f"  {split:5} {total['documents']:>9,} documents {total['tokens']:>13,} tokens {total['bytes']:>14,} bytes"
             f"  {total['bytes'] / total['tokens']:.2f} bytes a token"
         )
-
-
-def _progress_bar(what: str, total: int, initial: int = 0) -> tqdm:
-    interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file gets few lines
-    return tqdm(desc=what, total=total, initial=initial, unit="B", unit_scale=True, mininterval=interval)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

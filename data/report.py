@@ -1,9 +1,11 @@
-"""What a preparation did, in numbers: report.json, and the table it prints."""
+"""What a preparation says: its progress, report.json and the table of it, and a dry run's examples."""
 
+import sys
 from collections import Counter
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from data.clean import FILTERS, TOKEN_FILTERS
 from data.publish import BEYOND, EXACT, KEPT, NEAR, STATUS
@@ -75,6 +77,12 @@ def examples(cases: dict[str, list[tuple[str, str]]], rejected: dict[str, int], 
             lines.append(f"  {where}")
             lines += [f"    | {line[:110]}" for line in text.splitlines()[:4]]
     return "\n".join(lines) or "nothing was dropped"
+
+
+def progress_bar(what: str, total: int) -> tqdm:
+    """A bar that counts bytes."""
+    interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file gets few lines
+    return tqdm(desc=what, total=total, unit="B", unit_scale=True, mininterval=interval)
 
 
 _STEPS = ("read", "clean", "decontaminate", "tokenize")

@@ -10,8 +10,9 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+from data.refine import Refinery
 from data.sources import Input
-from data.units import Refinery, make_units
+from data.units import make_units
 
 
 def run(
@@ -19,6 +20,7 @@ def run(
     inputs: list[tuple[int, Input, bool]],
     refinery: Refinery,
     workers: int,
+    unit_bytes: int,
     progress: Callable[[int], bool],
 ) -> None:
     """Make what is missing of the units of `inputs`: number, input, and whether it all goes to validation.
@@ -37,7 +39,7 @@ def run(
                 go_on = progress(n_bytes)
                 return go_on
 
-            make_units(work, number, item, to_val, refinery, threads, tell)
+            make_units(work, number, item, to_val, refinery, threads, unit_bytes, tell)
             if not go_on:
                 return
         return
@@ -49,7 +51,7 @@ def run(
     for _ in range(n_processes):
         tasks.put(None)
     read, stop = context.Value("q", 0), context.Event()
-    arguments = (work, inputs, refinery, threads, tasks, failures, read, stop, os.getpid())
+    arguments = (work, inputs, refinery, threads, unit_bytes, tasks, failures, read, stop, os.getpid())
     processes = [context.Process(target=_work, args=arguments, daemon=True) for _ in range(n_processes)]
     for process in processes:
         process.start()
@@ -90,6 +92,7 @@ def _work(
     inputs: list[tuple[int, Input, bool]],
     refinery: Refinery,
     threads: int,
+    unit_bytes: int,
     tasks: Any,
     failures: Any,
     read: Any,
@@ -108,7 +111,7 @@ def _work(
     by_number = {task[0]: task for task in inputs}
     try:
         while (number := tasks.get()) is not None and not stop.is_set():
-            make_units(work, *by_number[number], refinery, threads, progress)
+            make_units(work, *by_number[number], refinery, threads, unit_bytes, progress)
     except OSError as error:
         failures.put(("OSError", str(error)))
     except BaseException:

@@ -30,24 +30,32 @@ ROOMS = {
     "data.decontaminate": (set(), {"numpy"}),
     "data.redact": (set(), set()),
     "data.formats": ({"tokenizer", "data.sources"}, set()),
-    "data.units": (
+    "data.refine": (
         {
-            "atomic",
-            "tokenizer",
-            "shards",
-            *("data.sources", "data.rows", "data.clean", "data.dedup"),
+            *("tokenizer", "data.sources", "data.rows", "data.clean", "data.dedup"),
             *("data.decontaminate", "data.redact", "data.formats"),
         },
         {"numpy"},
     ),
-    "data.workers": ({"data.sources", "data.units"}, set()),
+    "data.units": ({"atomic", "shards", "data.sources", "data.dedup", "data.refine"}, {"numpy"}),
+    "data.workers": ({"data.sources", "data.refine", "data.units"}, set()),
     "data.publish": ({"atomic", "shards", "data.dedup", "data.units"}, {"numpy"}),
-    "data.report": ({"data.clean", "data.publish"}, {"numpy"}),
+    "data.report": ({"data.clean", "data.publish"}, {"numpy", "tqdm"}),
+    "data.vocabulary": (
+        {"atomic", "tokenizer", "data.sources", "data.formats", "data.refine", "data.report"},
+        {"numpy"},
+    ),
+    "data.preview": (
+        {
+            *("tokenizer", "data.sources", "data.dedup", "data.formats"),
+            *("data.refine", "data.publish", "data.report"),
+        },
+        {"numpy"},
+    ),
     "data.prepare": (
         {
-            *("config", "atomic", "tokenizer", "shards"),
-            *("data.sources", "data.dedup", "data.formats", "data.units", "data.workers"),
-            *("data.publish", "data.report"),
+            *("config", "atomic", "shards", "data.sources", "data.refine", "data.units", "data.workers"),
+            *("data.publish", "data.report", "data.vocabulary", "data.preview"),
         },
         {"numpy", "tqdm"},
     ),

@@ -15,7 +15,7 @@ from conftest import SHARD_SETTINGS, python_documents, write_json_gz
 
 from config import load_config
 from data.prepare import PrepareConfig, prepare
-from data.units import split_of
+from data.refine import split_of
 from shards import SPLITS, Shards
 from tokenizer import END_OF_TEXT, load_tokenizer
 
@@ -181,7 +181,9 @@ def test_every_planted_bad_document_is_dropped_for_its_own_reason_and_no_good_on
         "few_assignments": ["def f():\n" + "    return 1\n" * 9],
         "comments": ["def f():\n" + "    number = 1\n" * 90],
         "chars_per_token": [
-            "def f():  # counts\n"
+            "def f():  # "
+            + "counts " * 9
+            + "\n"
             + "".join(f"    x = {chr(0x4E00 + i) * 3 + chr(0x5E00 + i) * 3}\n" for i in range(90))
         ],
         "few_tokens": ["def compute():  # counts counts counts\n" + "    value = 1\n" * 5],

@@ -1,0 +1,86 @@
+"""The tokenizer of a corpus: a known one, or one learnt from a sample of it."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from atomic import atomic_write
+from data.formats import SPECIALS
+from data.refine import RefineConfig, Refinery, Tally, is_validation, utf8_bytes
+from data.report import progress_bar
+from data.sources import Document, Input, fraction
+from tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+SAMPLED_INPUTS = 16  # the sample comes from at most this many, spread over the source
+HELD_OUT_BYTES = 2**21  # validation text on which tokenizers are compared
+
+
+def tokenizer_for(config: RefineConfig, inputs: list[Input], folder: Path) -> Tokenizer:
+    """The tokenizer the settings ask for, kept in `folder`, so that a run that goes on uses the same; beside one that
+    is trained, tokenizers.json compares it with cl100k_base. Raises ValueError if it cannot be had."""
+    path = folder / "tokenizer.json"
+    if path.exists():
+        return load_tokenizer(str(path))
+    specials = SPECIALS if _needs_specials(config) else ()
+    kind, _, size = config.tokenizer.partition(":")
+    if kind != "train":
+        tokenizer = load_tokenizer(config.tokenizer).with_specials(specials)
+    elif size.isdecimal():
+        held_out: list[str] = []
+        sample = _sample(inputs, config, held_out)
+        tokenizer = train_tokenizer(sample, int(size) - len(specials)).with_specials(specials)
+        with atomic_write(folder / "tokenizers.json") as file:
+            json.dump(_compared(tokenizer, held_out), file)
+    else:
+        raise ValueError(f"--tokenizer={config.tokenizer}: wants a number of ids, such as train:4096")
+    tokenizer.save(path)
+    return tokenizer
+
+
+def _needs_specials(config: RefineConfig) -> bool:
+    return bool(config.metadata_rate or config.fim_rate or config.notebooks or "commits:" in config.source)
+
+
+def _sample(inputs: list[Input], config: RefineConfig, held_out: list[str]) -> Iterator[str]:
+    """Cleaned training documents, chosen by a hash of repository and path, from inputs spread evenly over the source,
+    up to `tokenizer_sample_bytes`; some of the validation text among them goes to `held_out`."""
+    chosen = [inputs[place] for place in np.unique(np.linspace(0, len(inputs) - 1, SAMPLED_INPUTS).astype(int))]
+    rate = config.tokenizer_sample_bytes / max(1, sum(item.text_bytes for item in chosen))
+    refinery, left, left_held_out = Refinery(config), config.tokenizer_sample_bytes, HELD_OUT_BYTES
+    with progress_bar("sampling for the tokenizer", left) as bar:
+        for item in chosen:
+            records = (record for record in item.records(skip=0) if isinstance(record, Document))
+            for document in records:
+                is_val = is_validation(item, config) or refinery.split(document) == "val"
+                draw = fraction(f"sample {config.seed} {document.repo} {document.path}")
+                if draw >= rate or (is_val and left_held_out <= 0):
+                    continue
+                for kept in refinery.clean([document], Tally()):
+                    n_bytes = utf8_bytes(kept.text)
+                    if is_val:
+                        left_held_out -= n_bytes
+                        held_out.append(kept.text)
+                    else:
+                        left -= n_bytes
+                        bar.update(n_bytes)
+                        yield kept.text
+                if left <= 0:
+                    return
+
+
+def _compared(tokenizer: Tokenizer, held_out: list[str]) -> dict[str, float]:
+    """Bytes a token on the same held-out text, of a new tokenizer and of cl100k_base if that can be had."""
+    tokenizers = {tokenizer.name: tokenizer}
+    try:
+        tokenizers["cl100k_base"] = load_tokenizer("cl100k_base")
+    except ValueError:
+        print("cl100k_base could not be loaded: the new tokenizer is not compared with it", file=sys.stderr)
+    n_bytes = sum(map(utf8_bytes, held_out))
+    counts = {
+        name: sum(len(ids) - 1 for ids in one.encode_documents([[text] for text in held_out]) if ids is not None)
+        for name, one in tokenizers.items()
+    }
+    return {name: round(n_bytes / count, 4) for name, count in counts.items() if count}
