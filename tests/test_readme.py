@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import python_documents, write_json_gz
 
@@ -23,28 +25,35 @@ COMMANDS = [
 # What a test cannot do: download a corpus; write to Colab's mounted Drive; run the test suite from within.
 NOT_HERE = ("hf download ", "python train.py configs/70m.py --out_dir=/content/drive/", "bash runs/test.sh")
 
+SMALL_ROWS = "\nsource = 'files:data/raw/*.json.gz'\n"
 SMALL_DATA = "\npackage_bytes = 5_000\n"
 SMALL_RUN = "\nn_layer = 1\nmax_steps = 3\neval_tokens = 1024\nsample_interval = 3\ncompile = False\n"
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project as a clone has it, its configs cut down, with two files of the corpus in place."""
+    """The project as a clone has it, its configs cut down, with two files of a corpus and one of problems in place."""
     folder = tmp_path_factory.mktemp("clone")
     for name in subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True).split():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     changes = {
         "configs/data/local.py": SMALL_DATA,
-        "configs/data/codeparrot.py": "\ntokenizer = 'train:512'\nval_fraction = 0.3\n",
+        "configs/data/codeparrot.py": SMALL_ROWS + "tokenizer = 'train:512'\nval_fraction = 0.3\n",
+        "configs/data/starcoder.py": SMALL_ROWS
+        + "tokenizer = 'train:512'\nval_fraction = 0.3\nunknown_license = True\n",
         "configs/tiny.py": SMALL_RUN,
         "configs/70m.py": SMALL_RUN + "vocab_size = 512\nn_embd = 32\nbatch_size = 2\ntokens_per_step = 2048\n",
     }
     for name, text in changes.items():
         (folder / name).write_text((folder / name).read_text() + text)
-    raw = folder / "data" / "raw" / "codeparrot-clean"
-    raw.mkdir(parents=True)
-    write_json_gz(raw / "file-000000000000.json.gz", python_documents())
+    raw = folder / "data" / "raw"
+    (raw / "problems").mkdir(parents=True)
+    rows = python_documents()
+    write_json_gz(raw / "file-000000000001.json.gz", [{**row, "license": "psf"} for row in rows[20:]])
+    write_json_gz(raw / "file-000000000054.json.gz", rows[:20])
+    problem = {"task_id": "P/1", "text": "a text that is in no file here, for certain", "code": ""}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([problem]), raw / "problems" / "a.parquet")
     (folder / ".venv").symlink_to(sys.prefix)
     return folder
 
