@@ -63,8 +63,12 @@ class Shards:
         return path.read_text(encoding="utf-8")
 
     def split(self, name: str, language: str | None = None) -> "TokenStream":
-        """The tokens of a split or, of validation, those of one language alone (training mixes them)."""
+        """The tokens of a split or, of validation, those of one language alone (training mixes them). Raises
+        ValueError if there are none of it."""
         entries = [e for e in self.entries[name] if language in (None, e.get("language"))]
+        if language is not None and not entries:
+            known = sorted({e["language"] for e in self.entries[name] if "language" in e})
+            raise ValueError(f"{self.path}: no {name} shards of {language!r}; there are {', '.join(known) or 'none'}")
         return TokenStream([self._open(entry) for entry in entries], self.vocab_size, self.path / name)
 
     def _open(self, entry: dict[str, Any]) -> np.ndarray:

@@ -5,20 +5,24 @@ the filter's name. `filters` names filters or sets of them: --filters=codeparrot
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from html.parser import HTMLParser
+from html import unescape
 
-from data.sources import Document, fraction
+from data.documents import Document, fraction
 
-# Licences that ask for attribution at most, as The Stack 1.1 chose them; names as GitHub's and SPDX's, in lower case.
+# Licences that ask for attribution at most; names as GitHub's and SPDX's, in lower case.
 PERMISSIVE = frozenset(
     (
-        *("0bsd", "apache-2.0", "artistic-2.0", "bsd-2-clause", "bsd-2-clause-patent", "bsd-3-clause"),
-        *("bsd-3-clause-clear", "bsd-4-clause", "bsl-1.0", "cc-by-3.0", "cc-by-4.0", "cc0-1.0", "ecl-2.0", "isc"),
-        *("mit", "mit-0", "ms-pl", "ncsa", "postgresql", "psf", "psf-2.0", "python-2.0", "unlicense", "upl-1.0"),
-        *("vim", "wtfpl", "x11", "zlib"),
+        *("0bsd", "afl-3.0", "apache-1.0", "apache-1.1", "apache-2.0", "artistic-2.0", "blueoak-1.0.0", "bsd-1-clause"),
+        *("bsd-2-clause", "bsd-2-clause-patent", "bsd-3-clause", "bsd-3-clause-clear", "bsd-3-clause-lbnl"),
+        *("bsd-3-clause-open-mpi", "bsd-4-clause", "bsd-source-code", "bsl-1.0", "cc-by-3.0", "cc-by-4.0", "cc0-1.0"),
+        *("curl", "ecl-2.0", "fair", "ftl", "hpnd", "icu", "ijg", "isc", "libpng", "libpng-2.0", "libtiff", "mit"),
+        *("mit-0", "mit-cmu", "mit-feh", "mit-modern-variant", "ms-pl", "mulanpsl-1.0", "mulanpsl-2.0", "naist-2003"),
+        *("ncsa", "ntp", "openldap-2.8", "php-3.01", "postgresql", "psf", "psf-2.0", "python-2.0", "ruby", "tcl"),
+        *("unicode-dfs-2015", "unicode-dfs-2016", "unlicense", "upl-1.0", "vim", "w3c", "wtfpl", "x11", "xnet"),
+        *("zlib", "zlib-acknowledgement", "zpl-2.0", "zpl-2.1"),
     )
 )
 # Long lines and few letters are normal here: StarCoder's general filters leave these alone.
@@ -47,10 +51,11 @@ class CleanConfig:
     min_alphabetic: float = 0.5  # data_file: share of letters in JSON and YAML
     min_data_chars: int = 100  # data_file: characters of JSON and YAML
     max_data_chars: int = 5000  # data_file: and at most these
-    min_visible: float = 0.2  # html: share of the text that a browser shows
-    min_visible_chars: int = 100  # html: characters that a browser shows
+    min_visible: float = 0.2  # html: more than this share of the text is what a browser shows
+    min_visible_chars: int = 100  # html: and more than these characters
     min_chars_per_token: float = 1.5  # chars_per_token: 1.5 CodeParrot, 2.5 SantaCoder
     min_tokens: int = 100  # few_tokens: PolyCoder's
+    seed: int = 0  # picks what is left to chance, the validation repositories included
 
     def __post_init__(self) -> None:
         filter_names(self.filters)
@@ -83,7 +88,7 @@ def config_or_test(document: Document, config: CleanConfig) -> bool:
     limit = 0.05 * text.count("\n")
     marked = any(phrase in head for phrase in TEST_OR_CONFIG)
     return (marked or max(text.count("config"), text.count("test")) > limit) and _chance(
-        "config_or_test", document, config.config_test_rate
+        "config_or_test", document, config, config.config_test_rate
     )
 
 
@@ -92,7 +97,7 @@ def no_keywords(document: Document, config: CleanConfig) -> bool:
     return (
         document.language in (None, "Python")
         and not re.search(r"\b(def|class|for|while)\b", document.text)
-        and _chance("no_keywords", document, config.no_keywords_rate)
+        and _chance("no_keywords", document, config, config.no_keywords_rate)
     )
 
 
@@ -102,10 +107,13 @@ def few_assignments(document: Document, config: CleanConfig) -> bool:
 
 def comments(document: Document, config: CleanConfig) -> bool:
     """Too few or too many comments and docstrings (SantaCoder)."""
-    pattern = COMMENTS.get(document.language or "Python")
-    if pattern is None:
+    if document.language in (None, "Python"):
+        n_chars = sum(len(match[0]) for match in PYTHON_COMMENT.finditer(document.text))
+    elif document.language in ("Java", "JavaScript"):
+        n_chars = sum(_c_comment_lengths(document.text))
+    else:
         return False
-    share = sum(len(match[0]) for match in pattern.finditer(document.text)) / len(document.text)
+    share = n_chars / len(document.text)
     return not config.min_comments <= share <= config.max_comments
 
 
@@ -127,23 +135,23 @@ def html(document: Document, config: CleanConfig) -> bool:
     """HTML that is mostly tags and scripts (StarCoder)."""
     if document.language != "HTML":
         return False
-    visible = len(_VisibleText.of(document.text))
-    return visible < config.min_visible_chars or visible / len(document.text) < config.min_visible
+    visible = len(visible_text(document.text))
+    return visible <= config.min_visible_chars or visible / len(document.text) <= config.min_visible
 
 
-def chars_per_token(document: Document, n_tokens: int, config: CleanConfig) -> bool:
+def chars_per_token(n_chars: int, n_tokens: int, config: CleanConfig) -> bool:
     """Text the tokenizer hardly compresses: digits, base64 (CodeParrot, SantaCoder)."""
-    return len(document.text) / max(1, n_tokens) < config.min_chars_per_token
+    return n_chars / max(1, n_tokens) < config.min_chars_per_token
 
 
-def few_tokens(document: Document, n_tokens: int, config: CleanConfig) -> bool:
+def few_tokens(n_chars: int, n_tokens: int, config: CleanConfig) -> bool:
     return n_tokens < config.min_tokens
 
 
 Filter = Callable[[Document, CleanConfig], bool]
 _FUNCTIONS = (long_line, long_mean_line, few_letters, generated, config_or_test, no_keywords, few_assignments)
 FILTERS: dict[str, Filter] = {f.__name__: f for f in (*_FUNCTIONS, comments, data_file, xml, html)}
-TOKEN_FILTERS: dict[str, Callable[[Document, int, CleanConfig], bool]] = {
+TOKEN_FILTERS: dict[str, Callable[[int, int, CleanConfig], bool]] = {
     f.__name__: f for f in (chars_per_token, few_tokens)
 }
 _CODEPARROT = ("long_line", "long_mean_line", "few_letters", "generated")
@@ -183,6 +191,26 @@ def opted_out(repo: str, names: frozenset[str]) -> bool:
     return repo.lower() in names or repo.lower().partition("/")[0] in names
 
 
+def visible_text(page: str) -> str:
+    """What a browser would show of HTML, about, white space as single spaces; one pass, whatever the page holds."""
+    shown, hidden_until = [], ""
+    for place, piece in enumerate(page.split("<")):
+        tag, _, text = piece.partition(">") if place else ("", "", piece)
+        if hidden_until:
+            if hidden_until == "-->" and "-->" in piece:
+                text, hidden_until = piece.partition("-->")[2], ""
+            elif hidden_until != "-->" and tag.lower().startswith(hidden_until):
+                hidden_until = ""
+        elif tag.startswith("!--"):
+            hidden_until = "" if "-->" in piece else "-->"
+            text = piece.partition("-->")[2]
+        elif tag.lower().startswith(("script", "style")):
+            hidden_until = f"/{tag[:5].lower()}"
+        if not hidden_until:
+            shown.append(text)
+    return " ".join(unescape(" ".join(shown)).split())
+
+
 def alphanumeric_fraction(text: str) -> float:
     """The share of characters for which str.isalnum is true."""
     data = text.encode("utf-8")
@@ -199,12 +227,20 @@ def split_names(names: str | None) -> set[str]:
 
 _ALPHANUMERIC = bytes(byte for byte in range(128) if chr(byte).isalnum())
 _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
-_C_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
-COMMENTS = {
-    "Python": re.compile(r'#[^\n]*|^[ \t]*("""|\'\'\').*?\1', re.DOTALL | re.MULTILINE),
-    "Java": _C_COMMENT,
-    "JavaScript": _C_COMMENT,
-}
+PYTHON_COMMENT = re.compile(r'#[^\n]*|^[ \t]*("""|\'\'\').*?\1', re.DOTALL | re.MULTILINE)
+
+
+def _c_comment_lengths(text: str) -> Iterator[int]:
+    """One pass: a regular expression would search for the end of every comment that has none."""
+    place = 0
+    while (start := text.find("/", place)) >= 0:
+        kind = text[start : start + 2]
+        if kind not in ("//", "/*"):
+            place = start + 1
+            continue
+        end = text.find("\n" if kind == "//" else "*/", start + 2)
+        place = len(text) if end < 0 else end + (kind == "/*") * 2
+        yield place - start
 
 
 @lru_cache(maxsize=1)  # two filters ask about the same text
@@ -218,31 +254,5 @@ def _head(text: str) -> str:
     return "\n".join(text[:20_000].split("\n", 5)[:5]).lower()
 
 
-def _chance(name: str, document: Document, rate: float) -> bool:
-    return fraction(f"{name} {document.repo} {document.path}") < rate
-
-
-class _VisibleText(HTMLParser):
-    """Collects what a browser would show."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pieces: list[str] = []
-        self.hidden = 0
-
-    @classmethod
-    def of(cls, text: str) -> str:
-        parser = cls()
-        parser.feed(text)
-        parser.close()
-        return " ".join(" ".join(parser.pieces).split())
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        self.hidden += tag in ("script", "style")
-
-    def handle_endtag(self, tag: str) -> None:
-        self.hidden -= tag in ("script", "style") and self.hidden > 0
-
-    def handle_data(self, data: str) -> None:
-        if not self.hidden:
-            self.pieces.append(data)
+def _chance(name: str, document: Document, config: CleanConfig, rate: float) -> bool:
+    return fraction(f"{name} {config.seed} {document.repo} {document.path}") < rate

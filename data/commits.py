@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from data.sources import Document, Rejection, language_of
+from data.documents import Document, Rejection, language_of
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,6 @@ class Commits:
             for number, (commit, path, before, after) in enumerate(self._changes()):
                 if number >= skip:
                     yield self._document(repo, commit, path, *map(objects.read, (before, after, commit)))
-
-    def release(self) -> None:
-        pass
 
     def _document(
         self, repo: str, commit: str, path: str, before: bytes, after: bytes, header: bytes

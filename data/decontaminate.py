@@ -27,36 +27,36 @@ def squeeze(text: str) -> str:
     return "".join(text.split()).lower()
 
 
-def needles_of(rows: Iterable[dict[str, Any]], min_chars: int) -> list[Needle]:
-    """What to look for, of problems in HumanEval's columns (task_id, prompt, entry_point, canonical_solution) or MBPP's
-    (task_id, text or prompt, code). What is shorter than `min_chars`, squeezed, is exempt: `return sum(numbers)` proves
-    nothing. Raises ValueError on a row that has none of these columns."""
+def needles_of(rows: Iterable[dict[str, Any]], min_chars: int, columns: str, name: str) -> list[Needle]:
+    """What to look for, of problems in rows of a file `name`: the texts in the comma-separated `columns`; of a `prompt`
+    that is code, the docstring of its `entry_point`. What is shorter than `min_chars`, squeezed, is exempt: `return
+    sum(numbers)` proves nothing. Raises ValueError on a row that has none of the columns."""
     needles = []
-    for row in rows:
-        if not any(isinstance(row.get(key), str) for key in ("prompt", "text", "canonical_solution", "code")):
-            raise ValueError(f"problem {row.get('task_id')}: has no prompt, text, canonical_solution or code column")
-        problem = str(row.get("task_id", "?"))
-        problem = f"MBPP/{problem}" if problem.isdecimal() else problem
-        texts = [row.get("canonical_solution"), row.get("code"), row.get("text"), _docstring(row)]
-        squeezed = {squeeze(text) for text in texts if text}
-        needles += [Needle(problem, text.encode()) for text in sorted(squeezed) if len(text) >= max(8, min_chars)]
+    for number, row in enumerate(rows, start=1):
+        texts = [row[column] for column in columns.split(",") if isinstance(row.get(column), str)]
+        if not texts:
+            raise ValueError(
+                f"{name}, problem {number}: has no column {columns}; name its columns with --contaminant_columns"
+            )
+        problem = str(row.get("task_id", number))
+        if "entry_point" in row and isinstance(row.get("prompt"), str):
+            texts = [text for text in texts if text != row["prompt"]] + _docstrings(row["prompt"], row["entry_point"])
+        squeezed = sorted({squeeze(text) for text in texts})
+        label = problem if "/" in problem else f"{name}/{problem}"
+        needles += [Needle(label, text.encode()) for text in squeezed if len(text) >= max(8, min_chars)]
     return needles
 
 
-def _docstring(row: dict[str, Any]) -> str | None:
-    """The docstring of the function to complete, as it is written in the source; a prompt that is no code, whole."""
-    prompt = row.get("prompt")
-    if not isinstance(prompt, str) or "entry_point" not in row:
-        return prompt
+def _docstrings(prompt: str, entry_point: str) -> list[str]:
+    """The strings that stand in the function to complete, as they are written in the source; a prompt that is no code,
+    whole."""
     try:
         functions = [node for node in ast.walk(ast.parse(prompt)) if isinstance(node, ast.FunctionDef)]
-    except SyntaxError:
-        return prompt
-    for function in functions:
-        strings = [s.value for s in function.body if isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)]
-        if function.name == row["entry_point"] and strings:  # one comes after an import
-            return (ast.get_source_segment(prompt, strings[0]) or "").lstrip("rRuU").strip("\"'")
-    return None
+    except (SyntaxError, ValueError):
+        return [prompt]
+    body = next((function.body for function in functions if function.name == entry_point), [])
+    strings = [s.value for s in body if isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)]
+    return [(ast.get_source_segment(prompt, string) or "").lstrip("rRuU").strip("\"'") for string in strings[:1]]
 
 
 class Decontaminator:

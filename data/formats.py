@@ -12,7 +12,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from data.sources import Document, Rejection
+from data.documents import Document, Rejection
 from tokenizer import Special
 
 NOTEBOOK = "Jupyter Notebook"

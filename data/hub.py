@@ -4,6 +4,7 @@ The repository's commit is looked up once and pinned, so that a run that goes on
 failure of the network is waited out; one that waiting cannot mend ends with what to do.
 """
 
+import errno
 import fnmatch
 import random
 import sys
@@ -13,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data.documents import Document, Rejection, SourceConfig
 from data.rows import RATIOS, RowFile
-from data.sources import Document, Rejection, SourceConfig
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst", ".parquet")
+HELD_OUT = {"codeparrot/codeparrot-clean": "*file-000000000054.json.gz"}  # never in train
 MAX_WAIT_S = 600.0
 ATTEMPTS = 30  # about four hours of waiting, by the default first wait
 Result = TypeVar("Result")
@@ -38,6 +40,11 @@ class HubFile:
         return self.filename
 
     @property
+    def held_out(self) -> bool:
+        """Is this the file that its makers validate on?"""
+        return fnmatch.fnmatch(self.filename, HELD_OUT.get(self.repo, ""))
+
+    @property
     def text_bytes(self) -> int:
         return int(self.size * RATIOS.get(Path(self.filename).suffix, 1.0))
 
@@ -55,10 +62,10 @@ class HubFile:
             f"{self.repo}/{self.filename}",
             self.config.retry_s,
         )
-        yield from RowFile(Path(path), self.config).records(skip)
-
-    def release(self) -> None:
-        (self.folder / self.filename).unlink(missing_ok=True)
+        try:
+            yield from RowFile(Path(path), self.config).records(skip)
+        finally:
+            Path(path).unlink(missing_ok=True)
 
 
 def hub_files(spec: str, config: SourceConfig, folder: Path, pins: dict[str, str]) -> list[HubFile]:
@@ -116,11 +123,8 @@ def _give_up_on(error: Exception, what: str) -> None:
         ) from None
     if status == 404:
         raise FileNotFoundError(f"{what}: not on the hub; check the name and --revision") from None
-    if isinstance(error, OSError) and error.errno in _DISK:
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.ENOSPC, errno.EROFS):
         raise error
-
-
-_DISK = (13, 28, 30)  # no permission, no space left, read-only: the disk's
 
 
 def _hub() -> Any:

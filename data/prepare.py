@@ -14,9 +14,9 @@ whatever the number of workers. The folder gets its name when it is complete.
 
 import dataclasses
 import fcntl
-import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,16 +27,19 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from atomic import atomic_write
+from atomic import write_json
 from config import format_config, run_stage
 from data import report, workers
+from data.documents import Input, digest_of
+from data.parts import compare, gather, part_folder, part_of, read_json
 from data.preview import preview
 from data.publish import KEPT, Units, choose, finished_units, plan, tokens_of, write
-from data.refine import RefineConfig, Refinery, is_validation
-from data.sources import Input, digest_of, open_source
-from data.units import read_notes
+from data.refine import RefineConfig, Refinery, files_named, is_validation
+from data.sources import open_source
+from data.units import Maker, Task, is_done
 from data.vocabulary import tokenizer_for
 from shards import SPLITS, open_shards, shards_path
+from tokenizer import load_tokenizer
 
 # Settings that do not decide the shards' content.
 FREE = ("name", "verify", "workers", "part", "merge", "dry_run", "retry_s")
@@ -61,6 +64,9 @@ class PrepareConfig(RefineConfig):
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if not self.name:
             raise ValueError("name is empty; give the folder to make under data/shards")
+        modes = [mode for mode in ("part", "merge", "dry_run", "verify") if getattr(self, mode)]
+        if len(modes) > 1:
+            raise ValueError(f"--{modes[0]} and --{modes[1]}: one run does one of them")
         if self.part is not None:
             part_of(self.part)
 
@@ -79,52 +85,77 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         return shards.meta
     print(format_config(config))
     if config.dry_run is not None:
-        inputs, _ = _inputs(config, path.with_name(f"{path.name}.dry"), {})
-        return preview(config, inputs, config.dry_run)
-    work = path.with_name(path.name + (".part-{}-of-{}".format(*part_of(config.part)) if config.part else ".partial"))
+        with tempfile.TemporaryDirectory() as downloads:
+            return preview(config, _inputs(config, Path(downloads), {}), config.dry_run)
     if os.path.lexists(path):
         return _existing(path, config)
+    refinery = Refinery(config) if config.merge is None else None  # what is missing is said before anything is made
+    work = part_folder(path, *part_of(config.part)) if config.part else path.with_name(f"{path.name}.partial")
     with _locked(work):
         if os.path.lexists(path):  # made by the preparation that was waited for
             return _existing(path, config)
         if config.merge is not None:
-            _gather_parts(path, work, config)
-        return _prepare(path, work, config)
-
-
-def part_of(setting: str) -> tuple[int, int]:
-    """I and N of the setting I/N. Raises ValueError."""
-    part, _, n_parts = setting.partition("/")
-    if not (part.isdecimal() and n_parts.isdecimal() and 1 <= int(part) <= int(n_parts)):
-        raise ValueError(f"--part={setting}: wants I/N with I in 1 .. N, such as 1/4")
-    return int(part), int(n_parts)
-
-
-def _prepare(path: Path, work: Path, config: PrepareConfig) -> dict[str, Any]:
-    state = _read_json(work / "settings.json") if (work / "tokenizer.json").exists() else {}
-    if config.merge is None:
-        inputs, pins = _inputs(config, work, state.get("pins", {}))
-        state = _begin(work, state, inputs, pins, config)
-    else:
-        inputs = [None] * state["n_inputs"]
-    try:
-        tokenizer = tokenizer_for(config, inputs, work)
-        refinery = Refinery(config, tokenizer)
-    except (ValueError, FileNotFoundError):
-        shutil.rmtree(work)
-        raise
-    units, rows, status = _make_units(work / "units", inputs, refinery, config)
-    if config.part is not None:
-        _write_json(work / "complete.json", state)
-        print(f"{work}: done; bring the parts' folders together and join them with --merge={part_of(config.part)[1]}")
+            gather(path, work, config.merge, _settings(config))
+            return _publish(path, work, read_json(work / "settings.json"), [], None, config)
+        inputs, state = _begin(work, config)
+        refinery.tokenizer = tokenizer_for(config, inputs, work)
+        tasks = [Task(number, item, is_validation(item, config)) for number, item in enumerate(inputs)]
+        if config.part is None:
+            return _publish(path, work, state, tasks, refinery, config)
+        part, n_parts = part_of(config.part)
+        _make_units(work, tasks[part - 1 :: n_parts], refinery, config, None)
+        write_json(work / "complete.json", state)
+        print(f"{work}: done; bring the parts' folders together and join them with --merge={n_parts}")
         return state
+
+
+def _inputs(config: PrepareConfig, downloads: Path, pins: dict[str, str]) -> list[Input]:
+    """The source's inputs, those for validation first; the commits of hub repositories are taken from `pins` or, if
+    they are not there, looked up and added."""
+    inputs = open_source(config, downloads, pins)
+    first = [item for item in inputs if is_validation(item, config)]
+    if config.val_files and not first:
+        raise ValueError(f"--val_files={config.val_files}: matches none of {len(inputs)} inputs, {inputs[0].name} …")
+    return first + [item for item in inputs if not is_validation(item, config)]
+
+
+def _begin(work: Path, config: PrepareConfig) -> tuple[list[Input], dict[str, Any]]:
+    """Open the source, and take up what a killed run left in `work`, if it was making the same; else begin anew.
+    Returns the inputs, and settings.json's content."""
+    begun = (work / "tokenizer.json").exists()  # before that nothing is worth keeping
+    state = read_json(work / "settings.json") if begun else {}
+    pins = dict(state.get("pins", {}))
+    inputs = _inputs(config, work / "download", pins)
+    wanted = _settings(config) | {
+        "source_fingerprint": digest_of(item.version for item in inputs),
+        "n_inputs": len(inputs),
+        "pins": pins,
+    }
+    if begun:
+        compare(work, state, wanted)
+        print(f"{work}: going on where an earlier run stopped")
+        return inputs, state
+    _check_disk(work, inputs, config)
+    for leftover in (path for path in work.iterdir() if path.name != "lock"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    (work / "units").mkdir()
+    write_json(work / "settings.json", wanted)
+    return inputs, wanted
+
+
+def _publish(
+    path: Path, work: Path, state: dict[str, Any], tasks: list[Task], refinery: Refinery | None, config: PrepareConfig
+) -> dict[str, Any]:
+    """Make the units that are missing, write the shards of the documents chosen, and give the folder its name."""
+    units, rows, status = _choose_enough(work, state["n_inputs"], tasks, refinery, config)
+    tokenizer = load_tokenizer(str(work / "tokenizer.json"))
     t0 = time.perf_counter()
     splits = write(units, rows, plan(units, rows, status, config.shard_tokens), work, tokenizer.vocab_size)
     summary = report.sum_up(units.notes, rows, status)
     summary["seconds"]["shards"] = round(time.perf_counter() - t0, 3)
-    summary["tokenizers"] = _read_json(work / "tokenizers.json") if (work / "tokenizers.json").exists() else {}
+    summary["tokenizers"] = read_json(work / "tokenizers.json") if (work / "tokenizers.json").exists() else {}
     if not all(splits[split]["tokens"] for split in SPLITS):
-        shutil.rmtree(work)
+        shutil.rmtree(work)  # with these settings it would be so again
         raise ValueError(
             f"--source={config.source}: {splits['train']['documents']} documents for training, "
             f"{splits['val']['documents']} for validation, dropped: {summary['rejected'] or 'none'}; each split needs "
@@ -132,81 +163,49 @@ def _prepare(path: Path, work: Path, config: PrepareConfig) -> dict[str, Any]:
         )
     meta = {
         "settings": _settings(config),
+        "source": {"fingerprint": state["source_fingerprint"], "commits": state["pins"]},
         "tokenizer": tokenizer.name,
         "tokenizer_sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
         "rejected": summary["rejected"],
         "splits": splits,
     }
-    _write_json(work / "report.json", summary)
-    _write_json(work / "meta.json", meta)
+    write_json(work / "report.json", summary)
+    write_json(work / "meta.json", meta)
     os.replace(work, path)  # before the units go: without them an unfinished folder would lose its finished ones
     _remove_leftovers(path)
     _print_report(path, meta)
     return meta
 
 
-def _inputs(config: PrepareConfig, work: Path, pins: dict[str, str]) -> tuple[list[Input], dict[str, str]]:
-    """The source's inputs, those of `val_files` first, and the commits of hub repositories, found or given."""
-    pins = dict(pins)
-    inputs = open_source(config, work / "download", pins)
-    first = [item for item in inputs if is_validation(item, config)]
-    if config.val_files and not first:
-        raise ValueError(f"--val_files={config.val_files}: matches none of {len(inputs)} inputs, {inputs[0].name} …")
-    return first + [item for item in inputs if not is_validation(item, config)], pins
-
-
-def _begin(
-    work: Path, state: dict[str, Any], inputs: list[Input], pins: dict[str, str], config: PrepareConfig
-) -> dict[str, Any]:
-    """Take up what a killed run left, if it was making the same; else begin anew. Returns settings.json's content."""
-    wanted = {
-        **_settings(config),
-        "source_fingerprint": digest_of(item.version for item in inputs),
-        "n_inputs": len(inputs),
-        "pins": pins,
-    }
-    if state:
-        _compare(work, state, wanted)
-        print(f"{work}: going on where an earlier run stopped")
-        return state
-    _check_disk(work, inputs, config)
-    for leftover in work.iterdir():  # without a tokenizer nothing is worth keeping
-        if leftover.name != "lock":
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    (work / "units").mkdir()
-    _write_json(work / "settings.json", wanted)
-    return wanted
-
-
-def _make_units(
-    work: Path, inputs: list[Input | None], refinery: Refinery, config: PrepareConfig
+def _choose_enough(
+    work: Path, n_inputs: int, tasks: list[Task], refinery: Refinery | None, config: PrepareConfig
 ) -> tuple[Units, np.ndarray, np.ndarray]:
     """Make units until the source ends or they hold `max_tokens` after duplicates are dropped; returns those that
     count, their documents' rows, and what becomes of each."""
-    n_workers = config.workers or os.cpu_count() or 1
-    part, n_parts = part_of(config.part or "1/1")
-    wanted = config.max_tokens if config.part is None else None
+    wanted = config.max_tokens
     while True:
-        todo = [
-            (number, item, is_validation(item, config))
-            for number, item in enumerate(inputs)
-            if item is not None and number % n_parts == part - 1 and not _is_done(work, number)
-        ]
-        if todo and not (wanted and finished_units(work, len(inputs), wanted).complete):
-            with report.progress_bar("tokenizing", sum(item.text_bytes for _, item, _ in todo)) as bar:
-                workers.run(
-                    work, todo, refinery, n_workers, config.unit_bytes, _Progress(bar, work, len(inputs), wanted)
-                )
-        if config.part is not None:
-            return Units(work, [], [], True, True), np.empty(0), np.empty(0)
-        units = finished_units(work, len(inputs), wanted)
+        _make_units(work, tasks, refinery, config, wanted)
+        units = finished_units(work / "units", n_inputs, wanted)
         rows = units.documents()
         status = choose(units, rows, config, config.max_tokens)
         kept = int(tokens_of(rows)[status == KEPT].sum())
         if wanted is None or units.at_end or kept >= config.max_tokens:
             return units, rows, status
         wanted = int(wanted * max(1.05, 1.02 * config.max_tokens / max(1, kept)))
+
+
+def _make_units(
+    work: Path, tasks: list[Task], refinery: Refinery | None, config: PrepareConfig, wanted: int | None
+) -> None:
+    """Make the units of the tasks that are missing, until they hold `wanted` tokens if that is not None."""
+    todo = [task for task in tasks if not is_done(work / "units", task.number)]
+    if not todo or (wanted and finished_units(work / "units", len(tasks), wanted).complete):
+        return
+    maker = Maker(work / "units", refinery, config.unit_bytes)
+    with report.progress_bar("tokenizing", sum(task.source.text_bytes for task in todo)) as bar:
+        progress = _Progress(bar, work / "units", len(tasks), wanted)
+        workers.run(maker, todo, config.workers or os.cpu_count() or 1, progress)
 
 
 class _Progress:
@@ -222,37 +221,6 @@ class _Progress:
             return True
         self.looked = time.monotonic()
         return not finished_units(*self.arguments).complete
-
-
-def _is_done(work: Path, number: int) -> bool:
-    notes = read_notes(work, number)
-    return bool(notes) and notes[-1]["last"]
-
-
-def _gather_parts(path: Path, work: Path, config: PrepareConfig) -> None:
-    """Move the units of all parts into one folder of work."""
-    folders = [path.with_name(f"{path.name}.part-{part}-of-{config.merge}") for part in range(1, config.merge + 1)]
-    left = [folder for folder in folders if not (work / f"{folder.name}.merged").exists()]
-    for folder in left:
-        if not (folder / "complete.json").exists():
-            setting = f"--part={folders.index(folder) + 1}/{config.merge}"
-            raise ValueError(f"{folder}: not there or not complete; run {setting} to its end first")
-    known = work if (work / "tokenizer.json").exists() else left[0]
-    for folder in (known, *left):
-        for wanted in (_settings(config), _read_json(known / "settings.json")):
-            _compare(folder, _read_json(folder / "settings.json"), wanted)
-        if (folder / "tokenizer.json").read_bytes() != (known / "tokenizer.json").read_bytes():
-            raise ValueError(f"{folder}: its tokenizer is not the other parts'; delete it and make it again")
-    (work / "units").mkdir(exist_ok=True)
-    for name in ("tokenizers.json", "settings.json", "tokenizer.json"):
-        if known is not work and (known / name).exists():
-            shutil.copy(known / name, work / name)
-    for folder in left:
-        for file in sorted((folder / "units").iterdir(), key=lambda file: (file.suffix == ".json", file.name)):
-            os.replace(file, work / "units" / file.name)  # a unit's note after its arrays
-        _write_json(work / f"{folder.name}.merged", {})
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_disk(work: Path, inputs: list[Input], config: PrepareConfig) -> None:
@@ -293,7 +261,7 @@ def _locked(work: Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                if work.exists() and not any(name.name != "lock" for name in work.iterdir()):
+                if work.exists() and not (work / "tokenizer.json").exists():  # nothing worth keeping
                     shutil.rmtree(work)
             return
 
@@ -303,25 +271,16 @@ def _existing(path: Path, config: PrepareConfig) -> dict[str, Any]:
         raise ValueError(f"{path}: is there already, and holds no shards; delete it, or choose another --name")
     meta = open_shards(config.name).meta
     _remove_leftovers(path)
-    _compare(path, meta["settings"], _settings(config))
+    compare(path, meta["settings"], _settings(config))
     print(f"{path}: prepared already; delete it to prepare it again")
     _print_report(path, meta)
     return meta
 
 
-def _compare(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    if wanted.get("source_fingerprint") not in (None, found.get("source_fingerprint")):
-        raise ValueError(f"{path}: the source's files have changed since it was begun; delete it to begin anew")
-    different = [f"{key} was {found.get(key)!r}, is {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]]
-    if different:
-        raise ValueError(
-            f"{path}: made with other settings: {'; '.join(different)}; delete it, or choose another --name"
-        )
-
-
 def _settings(config: PrepareConfig) -> dict[str, Any]:
     """What decides the shards' content, and so what must not change between a run and its continuation."""
-    return {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
+    return settings | {"files": files_named(config)}
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -332,7 +291,7 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _print_report(path: Path, meta: dict[str, Any]) -> None:
-    summary = _read_json(path / "report.json") if (path / "report.json").exists() else None
+    summary = read_json(path / "report.json") if (path / "report.json").exists() else None
     if summary:
         print(report.table(summary))
         for name, bytes_per_token in summary["tokenizers"].items():
@@ -343,15 +302,6 @@ def _print_report(path: Path, meta: dict[str, Any]) -> None:
             f"  {split:5} {total['documents']:>9,} documents {total['tokens']:>13,} tokens {total['bytes']:>14,} bytes"
             f"  {total['bytes'] / total['tokens']:.2f} bytes a token"
         )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with atomic_write(path) as file:
-        json.dump(value, file, indent=1)
 
 
 if __name__ == "__main__":

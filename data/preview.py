@@ -6,52 +6,47 @@ from itertools import islice
 import numpy as np
 
 from data import dedup, report
-from data.formats import SPECIALS
+from data.documents import Document, Input, Rejection
 from data.publish import EXACT, NEAR, STATUS
-from data.refine import RefineConfig, Refined, Refinery, Tally
-from data.sources import Input, Rejection
-from tokenizer import load_tokenizer, train_tokenizer
+from data.refine import Draft, RefineConfig, Refinery, Tally, is_validation
+from data.vocabulary import make_tokenizer
+
+READ_INPUTS = 4  # the documents come from at most this many inputs, spread over the source
 
 
 def preview(config: RefineConfig, inputs: list[Input], n_documents: int) -> dict[str, int]:
-    """Take `n_documents`, the first of each input, through every step and print what is dropped and how it begins;
-    returns how many for each reason."""
-    tally, documents = Tally(), []
-    per_input = -(-n_documents // len(inputs))
-    for item in inputs:
-        for record in islice(item.records(skip=0), per_input):
-            if isinstance(record, Rejection):
-                tally.reject(record.reason, record.where)
-            else:
-                documents.append(record)
-    kind, _, size = config.tokenizer.partition(":")
-    texts = (document.text for document in documents)
-    tokenizer = train_tokenizer(texts, int(size)) if kind == "train" else load_tokenizer(config.tokenizer)
-    refinery = Refinery(config, tokenizer.with_specials(SPECIALS))
-    refined = refinery.refine(documents, False, tally)
-    for reason, one, original in _duplicates(refined, config):
-        tally.reject(reason, f"{_where(one)}, as {_where(original)}", one.document.text)
-    for item in inputs:
-        item.release()
-    print(report.examples(tally.cases, tally.rejected, len(documents)))
-    print(f"\n{len(documents):,} documents read, {sum(tally.rejected.values()):,} dropped; nothing was written")
+    """Take about `n_documents`, the first of some inputs, through every step and print what is dropped and how it
+    begins; returns how many for each reason."""
+    tally = Tally()
+    chosen = [inputs[place] for place in np.unique(np.linspace(0, len(inputs) - 1, READ_INPUTS).astype(int))]
+    read = {item: list(islice(item.records(skip=0), -(-n_documents // len(chosen)))) for item in chosen}
+    for rejection in (record for records in read.values() for record in records if isinstance(record, Rejection)):
+        tally.reject(rejection.reason, rejection.where)
+    documents = {item: [d for d in records if isinstance(d, Document)] for item, records in read.items()}
+    tokenizer = make_tokenizer(config, (document.text for some in documents.values() for document in some))
+    refinery = Refinery(config, tokenizer)
+    drafts = [
+        draft for item, some in documents.items() for draft in refinery.refine(some, is_validation(item, config), tally)
+    ]
+    for reason, copy, original in _duplicates(drafts, config):
+        tally.drop(reason, copy.document, f", as {original.document.repo}: {original.document.path}")
+    n_read = sum(map(len, documents.values()))
+    print(report.examples(tally.cases, tally.rejected, n_read))
+    print(f"\n{n_read:,} documents read, {sum(tally.rejected.values()):,} dropped; nothing was written")
     return dict(tally.rejected)
 
 
-def _duplicates(refined: list[Refined], config: RefineConfig) -> Iterator[tuple[str, Refined, Refined]]:
-    """Later copies among documents: the reason, the copy, and the document it is a copy of."""
-    digests = np.array([np.frombuffer(one.digest, "<u8") for one in refined]).reshape(-1, 2)
-    exact = dedup.exact_duplicates(digests) if config.exact_duplicates else np.zeros(len(refined), bool)
-    firsts = {one.digest: one for one in reversed(refined)}
-    yield from ((STATUS[EXACT], one, firsts[one.digest]) for one, copy in zip(refined, exact, strict=True) if copy)
-    chosen = [one for one, copy in zip(refined, exact, strict=True) if not copy and one.sketch]
+def _duplicates(drafts: list[Draft], config: RefineConfig) -> Iterator[tuple[str, Draft, Draft]]:
+    """Later copies: the reason, the copy, and the document it is a copy of."""
+    firsts: dict[bytes, Draft] = {}
+    for draft in drafts:
+        if config.exact_duplicates and draft.digest in firsts:
+            yield STATUS[EXACT], draft, firsts[draft.digest]
+        else:
+            firsts[draft.digest if config.exact_duplicates else str(len(firsts)).encode()] = draft
+    chosen = [draft for draft in firsts.values() if draft.sketch]
     if config.near_threshold is not None and chosen:
-        keys, signatures = (np.array([one.sketch[place] for one in chosen]) for place in (0, 1))
+        keys, signatures = (np.array([draft.sketch[place] for draft in chosen]) for place in (0, 1))
         first = dedup.near_duplicates(keys.T, signatures, np.ones(len(chosen), bool), config.near_threshold)
-        yield from (
-            (STATUS[NEAR], one, chosen[f]) for i, (one, f) in enumerate(zip(chosen, first, strict=True)) if f != i
-        )
-
-
-def _where(one: Refined) -> str:
-    return f"{one.document.repo}: {one.document.path}"
+        pairs = zip(chosen, first, strict=True)
+        yield from ((STATUS[NEAR], draft, chosen[f]) for draft, f in pairs if draft is not chosen[f])

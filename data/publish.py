@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from atomic import atomic_write
+from atomic import write_json
 from data import dedup
 from data.units import DOCUMENT, read_notes
 from shards import SPLITS, write_shard
@@ -34,7 +34,7 @@ class Units:
     at_end: bool  # are they all of the source?
 
     def __post_init__(self) -> None:
-        counts = [len(np.load(self.path(name, "documents"), mmap_mode="r")) for name in self.names]
+        counts = [note["documents"] for note in self.notes]
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)  # of each unit's rows, and the end
 
     def path(self, name: str, kind: str) -> Path:
@@ -77,13 +77,14 @@ class RowsOnDisk:
 
 def finished_units(work: Path, n_inputs: int, wanted: int | None = None) -> Units:
     """The units in order, up to the first that is not done, or the one with which they hold `wanted` tokens."""
-    names, notes = [], []
+    names, notes, n_tokens = [], [], 0
     for number in range(n_inputs):
         of_input = read_notes(work, number)
         for chunk, note in enumerate(of_input):
             names.append(f"{number:05d}_{chunk:05d}")
             notes.append(note)
-            if wanted is not None and sum(note["tokens"] for note in notes) >= wanted:
+            n_tokens += note["tokens"]
+            if wanted is not None and n_tokens >= wanted:
                 at_end = number == n_inputs - 1 and note["last"]
                 return Units(work, names, notes, complete=True, at_end=at_end)
         if not (of_input and of_input[-1]["last"]):
@@ -163,8 +164,7 @@ def write(units: Units, rows: np.ndarray, shards: list[Shard], folder: Path, voc
             entry |= _counts(units, rows, shard)
             if shard.language is not None:
                 entry["language"] = shard.language
-            with atomic_write(note) as file:
-                json.dump(entry, file)
+            write_json(note, entry)
         entries[shard.split].append(json.loads(note.read_text(encoding="utf-8")))
         for place, _ in shard.parts:
             if last_use[place] == number:

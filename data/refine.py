@@ -5,38 +5,32 @@ Each document is treated by itself and by the settings alone; duplicates among t
 
 import fnmatch
 import glob
+import hashlib
 import os
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from data import dedup, formats
-from data.clean import (
-    FILTERS,
-    TOKEN_FILTERS,
-    CleanConfig,
-    filter_names,
-    license_rejection,
-    opted_out,
-    split_names,
-)
+from data.clean import FILTERS, TOKEN_FILTERS, CleanConfig, filter_names, license_rejection, opted_out, split_names
 from data.decontaminate import Decontaminator, needles_of
+from data.documents import Document, Input, Rejection, SourceConfig, fraction, utf8_bytes
 from data.redact import Redactor
 from data.rows import read_rows
-from data.sources import Document, Input, Rejection, SourceConfig, fraction
-from tokenizer import Special, Tokenizer
+from tokenizer import NAMED, Special, Tokenizer
 
 
 @dataclass(frozen=True)
 class RefineConfig(SourceConfig, CleanConfig, dedup.DedupConfig, formats.FormatConfig):
-    decontaminate: str | None = None  # files of problems in HumanEval's or MBPP's columns, globs, comma-separated
+    decontaminate: str | None = None  # files of benchmark problems, globs, comma-separated
+    contaminant_columns: str = "prompt,text,question,canonical_solution,solution,code"  # of problems: what to look for
     contaminant_min_chars: int = 32  # docstrings and solutions shorter than this, white space aside, prove nothing
     redact: bool = False  # replace e-mail and IP addresses, keys and tokens; needs detect-secrets
     tokenizer: str = "train:4096"  # cl100k_base, gpt2, the path of a tokenizer.json, or train:N for a BPE of N ids
@@ -45,7 +39,6 @@ class RefineConfig(SourceConfig, CleanConfig, dedup.DedupConfig, formats.FormatC
     val_files: str | None = None  # input files, by glob, that go to validation whole, and are taken first
     split_by: str = "repo"  # repo, or file: what goes to training or validation as a whole
     language_weights: str | None = None  # copies of training documents by language: "Python=2,Java=0.5,*=1"
-    seed: int = 0  # picks the validation repositories, the tokenizer's sample and what is dropped by chance
 
     def __post_init__(self) -> None:
         for base in RefineConfig.__mro__[1:-1]:
@@ -90,24 +83,38 @@ class Tally:
         n_bytes = sum(utf8_bytes(document.text) for document in documents)
         self.steps.setdefault(step, Counter()).update(documents=len(documents), bytes=n_bytes)
 
+    def drop(self, reason: str, document: Document, detail: str = "") -> None:
+        self.reject(reason, f"{document.repo}: {document.path}{detail}", document.text)
+
     def note(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "cases"}
 
 
-class Refined(NamedTuple):
-    """A document as it leaves the steps."""
+@dataclass
+class Draft:
+    """A document on its way through the steps."""
 
     document: Document
-    ids: np.ndarray  # uint32, end-of-text last
-    n_bytes: int  # of the text that the ids stand for
-    digest: bytes
-    sketch: tuple[np.ndarray, np.ndarray] | None
     split: str
-    copies: int
+    copies: int  # in the shards
+    digest: bytes = bytes(16)
+    sketch: tuple[np.ndarray, np.ndarray] | None = None
+    pieces: list[str] = field(default_factory=list)  # Specials and texts
+    ids: np.ndarray | None = None  # uint32, end-of-text last
+
+    @property
+    def texts(self) -> list[str]:
+        """What of the pieces is ordinary text."""
+        return [piece for piece in self.pieces if not isinstance(piece, Special)]
+
+    @property
+    def language(self) -> str:
+        return self.document.language or "unknown"
 
 
 class Refinery:
-    """The steps from documents to tokens, with what they need at hand. Without a tokenizer it can clean."""
+    """The steps from documents to tokens, with what they need at hand. Raises ValueError or FileNotFoundError if a file
+    or package that the settings need is not there. Without a tokenizer it can clean."""
 
     def __init__(self, config: RefineConfig, tokenizer: Tokenizer | None = None):
         self.config, self.tokenizer = config, tokenizer
@@ -123,65 +130,60 @@ class Refinery:
 
     def refine(
         self, documents: list[Document], to_val: bool, tally: Tally, pool: ThreadPoolExecutor | None = None
-    ) -> list[Refined]:
+    ) -> list[Draft]:
         """Take documents through every step; `to_val` sends them all to validation."""
-        documents = self.clean(documents, tally)
-        with tally.timed("digest"):
-            wanted = self.decontaminator or self.config.exact_duplicates
-            squeezed = ["".join(document.text.split()) if wanted else "" for document in documents]
+        with tally.timed("clean"):
+            documents = self.clean(documents, tally)
+            drafts = [draft for document in documents if (draft := self._draft(document, to_val, tally)) is not None]
+        tally.passed("clean", [draft.document for draft in drafts])
         with tally.timed("decontaminate"):
-            kept = [self._is_free(document, text, tally) for document, text in zip(documents, squeezed, strict=True)]
-            squeezed = [text for text, keep in zip(squeezed, kept, strict=True) if keep]
-            documents = [document for document, keep in zip(documents, kept, strict=True) if keep]
-        tally.passed("decontaminate", documents)
-        with tally.timed("digest"):
-            marks = [(dedup.digest(text) if self.config.exact_duplicates else bytes(16), None) for text in squeezed]
+            drafts = [draft for draft in drafts if self._is_free(draft, tally)]
+        tally.passed("decontaminate", [draft.document for draft in drafts])
         with tally.timed("sketch"):
-            if self.minhash:
-                marks = [(m[0], self._sketch(d.text)) for m, d in zip(marks, documents, strict=True)]
+            for draft in drafts:
+                draft.sketch = self._sketch(draft.document.text)
         with tally.timed("redact"):
-            texts = [self._redact(document, tally) if self.redactor else document for document in documents]
-            pairs = [(d, mark) for d, mark in zip(texts, marks, strict=True) if d is not None]
+            drafts = [draft for draft in drafts if self._redact(draft, tally)]
+        tally.passed("redact", [draft.document for draft in drafts])
         with tally.timed("format"):
-            splits = ["val" if to_val else self.split(document) for document, _ in pairs]
-            pieces = [
-                formats.sequence(document, self.config, self.config.seed)
-                if split == "train"
-                else formats.plain(document)
-                for (document, _), split in zip(pairs, splits, strict=True)
-            ]
+            for draft in drafts:
+                is_train = draft.split == "train"
+                draft.pieces = (
+                    formats.sequence(draft.document, self.config, self.config.seed)
+                    if is_train
+                    else formats.plain(draft.document)
+                )
         with tally.timed("tokenize"):
-            ids = self.tokenizer.encode_documents(pieces, pool)
-        refined = [
-            Refined(document, i, _text_bytes(piece), *mark, split, self._copies(document) if split == "train" else 1)
-            for (document, mark), piece, split, i in zip(pairs, pieces, splits, ids, strict=True)
-            if self._is_tokenized(document, i, tally)
-        ]
-        tally.passed("tokenize", [one.document for one in refined])
-        return refined
+            ids = self.tokenizer.encode_documents([draft.pieces for draft in drafts], pool)
+            for draft, of_draft in zip(drafts, ids, strict=True):
+                draft.ids = of_draft
+            drafts = [draft for draft in drafts if self._is_tokenized(draft, tally)]
+        tally.passed("tokenize", [draft.document for draft in drafts])
+        return drafts
 
     def clean(self, documents: list[Document], tally: Tally) -> list[Document]:
         """The documents that pass the filters, notebooks taken apart."""
-        with tally.timed("clean"):
-            for document in documents:
-                counts = tally.languages.setdefault(document.language or "unknown", Counter())
-                counts.update(documents=1, bytes=utf8_bytes(document.text))
-            documents = [kept for document in documents if (kept := self._cleaned(document, tally)) is not None]
-        tally.passed("clean", documents)
-        return documents
+        for document in documents:
+            counts = tally.languages.setdefault(document.language or "unknown", Counter())
+            counts.update(documents=1, bytes=utf8_bytes(document.text))
+        return [kept for document in documents if (kept := self._cleaned(document, tally)) is not None]
+
+    def split(self, document: Document) -> str:
+        """The split a document belongs to, by its repository or, with split_by=file, by itself."""
+        key = document.repo if self.config.split_by == "repo" else f"{document.repo} {document.path}"
+        return split_of(key, self.config.seed, self.config.val_fraction)
 
     def _cleaned(self, document: Document, tally: Tally) -> Document | None:
         if self.config.notebooks and document.language == formats.NOTEBOOK:
             result = formats.notebook(document)
             if isinstance(result, Rejection):
-                tally.reject(result.reason, result.where, document.text)
+                tally.drop(result.reason, document)
                 return None
             document = result
         reason = self._reason_against(document)
         if reason is not None:
-            tally.reject(reason, f"{document.repo}: {document.path}", document.text)
-            return None
-        return document
+            tally.drop(reason, document)
+        return document if reason is None else None
 
     def _reason_against(self, document: Document) -> str | None:
         if not document.text.strip():
@@ -192,59 +194,84 @@ class Refinery:
             return "opted out"
         if reason := license_rejection(document, self.config):
             return reason
-        if self.weights and not self._copies(document):
-            return "language weight"
         return next((f.__name__ for f in self.filters if f(document, self.config)), None)
 
-    def _is_free(self, document: Document, squeezed: str, tally: Tally) -> bool:
-        """Does the document hold no problem of a benchmark?"""
-        problems = self.decontaminator.problems(squeezed.lower()) if self.decontaminator else []
+    def _draft(self, document: Document, to_val: bool, tally: Tally) -> Draft | None:
+        """The document with its split and, in training, as many copies as its language's weight says."""
+        split, copies = "val" if to_val else self.split(document), 1
+        if self.weights and split == "train":
+            weight = self.weights.get(document.language or "unknown", self.weights.get("*", 1.0))
+            chance = fraction(f"copies {self.config.seed} {document.repo} {document.path}")
+            copies = int(weight) + (chance < weight - int(weight))
+        if not copies:
+            tally.drop("language weight", document)
+        return Draft(document, split, copies) if copies else None
+
+    def _is_free(self, draft: Draft, tally: Tally) -> bool:
+        """Note the digest; does the document hold no problem of a benchmark?"""
+        if not (self.decontaminator or self.config.exact_duplicates):
+            return True
+        squeezed = "".join(draft.document.text.split())
+        draft.digest = dedup.digest(squeezed) if self.config.exact_duplicates else bytes(16)
+        if not self.decontaminator:
+            return True
+        if draft.document.parts:  # its text leaves a notebook's outputs out
+            squeezed = "".join("".join(text.split()) for _, text in draft.document.parts)
+        problems = self.decontaminator.problems(squeezed.lower())
         if problems:
             tally.problems.update(problems)
-            tally.reject("contaminated", f"{document.repo}: {document.path} ({', '.join(problems[:5])})", document.text)
+            tally.drop("contaminated", draft.document, f" ({', '.join(problems[:5])})")
         return not problems
 
     def _sketch(self, text: str) -> tuple[np.ndarray, np.ndarray] | None:
+        if self.minhash is None:
+            return None
         hashes = dedup.shingles(text, self.config.near_shingle)
         return self.minhash.sketch(hashes) if len(hashes) >= dedup.MIN_SHINGLES else None
 
-    def _redact(self, document: Document, tally: Tally) -> Document | None:
-        language = None if document.parts else document.language
-        texts = [part for _, part in document.parts] or [document.text]
-        results = [self.redactor.redact(text, language) for text in texts]
+    def _redact(self, draft: Draft, tally: Tally) -> bool:
+        """Redact the document, unless Python would break by it: then it is dropped."""
+        if self.redactor is None:
+            return True
+        document = draft.document
+        parts = document.parts or (("", document.text),)
+        results = [self.redactor.redact(text, _part_language(marker, document)) for marker, text in parts]
         if None in results:
-            tally.reject("cannot be redacted", f"{document.repo}: {document.path}", document.text)
-            return None
+            tally.drop("cannot be redacted", document)
+            return False
         for _, counts in results:
             tally.redacted.update(counts)
         texts = [text for text, _ in results]
-        if not document.parts:
-            return document._replace(text=texts[0])
-        markers = [marker for marker, _ in document.parts]
-        return document._replace(text="\n".join(texts), parts=tuple(zip(markers, texts, strict=True)))
+        redacted = tuple((marker, text) for (marker, _), text in zip(parts, texts, strict=True))
+        draft.document = document._replace(text="\n".join(texts), parts=redacted if document.parts else ())
+        return True
 
-    def _is_tokenized(self, document: Document, ids: np.ndarray | None, tally: Tally) -> bool:
+    def _is_tokenized(self, draft: Draft, tally: Tally) -> bool:
         reason = "cannot be tokenized"
-        if ids is not None:
-            found = (f.__name__ for f in self.token_filters if f(document, len(ids) - 1, self.config))
-            reason = next(found, None)
+        if draft.ids is not None:
+            texts = draft.texts
+            n_tokens = len(draft.ids) - 1 - (len(draft.pieces) - len(texts))  # without special ones
+            n_chars = sum(map(len, texts))
+            reason = next((f.__name__ for f in self.token_filters if f(n_chars, n_tokens, self.config)), None)
         if reason is not None:
-            tally.reject(reason, f"{document.repo}: {document.path}", document.text)
+            tally.drop(reason, draft.document)
         return reason is None
 
-    def split(self, document: Document) -> str:
-        """The split a document belongs to, by its repository or, with split_by=file, by itself."""
-        key = document.repo if self.config.split_by == "repo" else f"{document.repo} {document.path}"
-        return split_of(key, self.config.seed, self.config.val_fraction)
 
-    def _copies(self, document: Document) -> int:
-        weight = self.weights.get(document.language or "unknown", self.weights.get("*", 1.0))
-        chance = fraction(f"copies {self.config.seed} {document.repo} {document.path}")
-        return int(weight) + (chance < weight - int(weight))
+def files_named(config: RefineConfig) -> dict[str, str]:
+    """The sha256 of each file that the settings name: what it holds decides the result, as a setting does."""
+    patterns = [*split_names(config.decontaminate), *([config.opt_out] if config.opt_out else [])]
+    if config.tokenizer not in NAMED and not config.tokenizer.startswith("train:"):
+        patterns.append(config.tokenizer)
+    paths = sorted(path for pattern in patterns for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
 
 
 def is_validation(item: Input, config: RefineConfig) -> bool:
-    """Does all of this input go to validation? Its path or file name matches `val_files` then."""
+    """Does all of this input go to validation? It does if its path or file name matches `val_files`, and if its makers
+    hold it out."""
+    if getattr(item, "held_out", False):
+        return True
     pattern = config.val_files
     return pattern is not None and any(fnmatch.fnmatch(n, pattern) for n in (item.name, os.path.basename(item.name)))
 
@@ -268,12 +295,11 @@ def language_weights(setting: str | None) -> dict[str, float]:
     return weights
 
 
-def utf8_bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode())
-
-
-def _text_bytes(pieces: list[str]) -> int:
-    return sum(utf8_bytes(piece) for piece in pieces if not isinstance(piece, Special))
+def _part_language(marker: str, document: Document) -> str | None:
+    """The language of a part of a document, if redaction has to mind it."""
+    if marker == "<jupyter_code>":
+        return "Python"
+    return document.language if marker in ("", "<commit_before>", "<commit_after>") else None
 
 
 def _names_in(path: str | None) -> frozenset[str]:
@@ -290,5 +316,7 @@ def _decontaminator(config: RefineConfig) -> Decontaminator | None:
         paths = sorted(glob.glob(pattern, recursive=True))
         if not paths:
             raise ValueError(f"--decontaminate={pattern}: no such file; the README says how to get the problems")
-        needles += [n for path in paths for n in needles_of(read_rows(Path(path)), config.contaminant_min_chars)]
+        for path in map(Path, paths):
+            columns, name = config.contaminant_columns, path.name.split(".")[0]
+            needles += needles_of(read_rows(path), config.contaminant_min_chars, columns, name)
     return Decontaminator(needles) if needles else None

@@ -17,6 +17,7 @@ def sum_up(notes: list[dict[str, Any]], rows: np.ndarray, status: np.ndarray) ->
     """The tallies of all units as one, and what choosing did: documents, bytes and tokens after every step, seconds,
     rejections by reason, benchmark problems found, redactions by kind, and each language's way."""
     steps = [{"step": step, **_total(note["steps"].get(step, {}) for note in notes)} for step in _STEPS]
+    steps[-1]["tokens"] = int(rows["tokens"].sum(dtype=np.int64))
     rejected = _total(note["rejected"] for note in notes)
     chosen = status == KEPT
     left = np.ones(len(rows), dtype=bool)
@@ -28,7 +29,6 @@ def sum_up(notes: list[dict[str, Any]], rows: np.ndarray, status: np.ndarray) ->
             steps.append(
                 {"step": f"without {STATUS[choice]}s" if choice != BEYOND else "max_tokens", **_sizes(rows[left])}
             )
-    steps[len(_STEPS) - 1]["tokens"] = int(rows["tokens"].sum(dtype=np.int64))
     weighted = rows[chosen]
     return {
         "steps": [*steps, {"step": "shards", **_sizes(weighted, weighted["copies"].astype(np.int64))}],
@@ -82,10 +82,11 @@ def examples(cases: dict[str, list[tuple[str, str]]], rejected: dict[str, int], 
 def progress_bar(what: str, total: int) -> tqdm:
     """A bar that counts bytes."""
     interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file gets few lines
+    tqdm.monitor_interval = 0  # no thread: the workers are forked beside it
     return tqdm(desc=what, total=total, unit="B", unit_scale=True, mininterval=interval)
 
 
-_STEPS = ("read", "clean", "decontaminate", "tokenize")
+_STEPS = ("read", "clean", "decontaminate", "redact", "tokenize")
 
 
 def _total(counters: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from data.sources import Document, Rejection, SourceConfig, file_version, language_of
+from data.documents import Document, Rejection, SourceConfig, language_named, language_of, utf8_bytes
 
 RATIOS = {".gz": 3.5, ".zst": 4.0, ".parquet": 3.0}  # bytes of source code in a byte of the file, about
 
@@ -38,17 +38,15 @@ class RowFile:
 
     @property
     def version(self) -> str:
-        return f"{self.path} {file_version(self.path.stat())}"
+        return f"{self.path} {self.path.stat().st_size}"
 
     def records(self, skip: int) -> Iterator[Document | Rejection]:
         rows = _parquet_rows if self.path.suffix == ".parquet" else _lines
-        for number, row in enumerate(rows(self.path, 2 * self.config.max_document_bytes + 2**16), start=1):
+        max_bytes = 6 * self.config.max_document_bytes + 2**16  # JSON may write a character as six
+        for number, row in enumerate(rows(self.path, max_bytes), start=1):
             if number <= skip:
                 continue
             yield row if isinstance(row, Rejection) else _document(row, f"{self.path}, row {number}", self.config)
-
-    def release(self) -> None:
-        pass
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -82,17 +80,18 @@ def _document(row: bytes | dict[str, Any], where: str, config: SourceConfig) -> 
     text, repo = _first(row, config.text_column), _first(row, config.repo_column or "")
     if not isinstance(text, str) or not isinstance(repo, str | None):
         return Rejection("malformed line", where)
-    if (n_bytes := _utf8_bytes(text + (repo or ""))) is None:
+    try:
+        if utf8_bytes(text) + utf8_bytes(repo or "") > config.max_document_bytes:
+            return Rejection("too large", where)
+    except UnicodeEncodeError:
         return Rejection("lone surrogate", where)
-    if n_bytes > config.max_document_bytes:
-        return Rejection("too large", where)
     path, stars = str(_first(row, config.path_column) or ""), _first(row, config.stars_column)
     return Document(
         text,
         hashlib.sha256(text.encode()).hexdigest()[:16] if repo is None else repo,
         path.encode("utf-8", "replace").decode(),
         _licenses(_first(row, config.license_column)),
-        str(_first(row, config.language_column) or language_of(path) or config.language or "") or None,
+        language_named(str(_first(row, config.language_column) or language_of(path) or config.language or "")) or None,
         int(stars) if isinstance(stars, int | float) and abs(stars) < 2**53 else None,
     )
 
@@ -105,14 +104,6 @@ def _first(row: dict[str, Any], columns: str) -> Any:
 def _licenses(value: Any) -> tuple[str, ...]:
     values = value if isinstance(value, list) else [value]
     return tuple(str(one) for one in values if one)
-
-
-def _utf8_bytes(text: str) -> int | None:
-    """The text's size in UTF-8; None if it has none."""
-    try:
-        return len(text) if text.isascii() else len(text.encode())
-    except UnicodeEncodeError:
-        return None
 
 
 def _lines(path: Path, max_bytes: int) -> Iterator[bytes | Rejection]:

@@ -1,5 +1,4 @@
-"""Where documents come from. A source is a list of inputs in a fixed order; an input is a sequence of records in a
-fixed order, readable from any place on. A record is a Document, or a Rejection that says why it is none.
+"""Where documents come from: a source is a list of inputs in a fixed order.
 
     local            the Python on this machine: the standard library and installed packages; needs no network
     dir:PATH         the source files below a folder, by extension; each folder in it counts as a repository
@@ -11,105 +10,20 @@ Several are joined by semicolons: --source='files:data/raw/*.parquet; commits:..
 """
 
 import glob
-import hashlib
 import os
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
+
+from data.commits import Commits
+from data.documents import LANGUAGES, Document, Input, Rejection, SourceConfig, digest_of, fraction, language_of
+from data.hub import hub_files
+from data.rows import RowFile
 
 GROUP_BYTES = 2**24  # source files are read in groups of about this much
-
-
-class Document(NamedTuple):
-    text: str  # the file's whole text
-    repo: str  # repository or package: train and validation never share one
-    path: str  # within the repository
-    licenses: tuple[str, ...] = ()  # as the source names them
-    language: str | None = None  # as in LANGUAGES, or as the source names it
-    stars: int | None = None
-    parts: tuple[tuple[str, str], ...] = ()  # a notebook's or commit's texts, each after its marker; else empty
-
-
-class Rejection(NamedTuple):
-    reason: str  # counted by this
-    where: str  # for a person to look at
-
-
-class Input(Protocol):
-    """A part of a source that can be read by itself."""
-
-    name: str
-    text_bytes: int  # about how much text it holds
-    version: str  # changes when the records or their order may have
-
-    def records(self, skip: int) -> Iterator[Document | Rejection]:
-        """The records in order, but for the first `skip`."""
-
-    def release(self) -> None:
-        """Give back what reading took, such as a download's place on the disk."""
-
-
-@dataclass(frozen=True)
-class SourceConfig:
-    source: str = "local"  # local, dir:PATH, files:GLOB, hub:NAME[:GLOB] or commits:PATH; several joined by ;
-    package_bytes: int | None = None  # of `local`, take about this much of a package at most; None takes all
-    revision: str | None = None  # of hub: a commit, tag or branch; None takes the newest; the commit is pinned
-    retry_s: float = 5.0  # first wait after a network failure, seconds; doubles up to ten minutes
-    text_column: str = "content,text,code"  # of rows: the first of these columns that is there
-    repo_column: str | None = "repo_name,repository_name,max_stars_repo_name,repo"  # None: each row its own repository
-    path_column: str = "path,max_stars_repo_path,file_path"  # likewise
-    license_column: str = "license,licenses,max_stars_repo_licenses,license_type"  # likewise
-    language_column: str = "language,lang"  # likewise
-    stars_column: str = "stars,max_stars_count,star_count"  # likewise
-    language: str | None = None  # of documents whose language neither a column nor the path's extension tells
-    max_document_bytes: int = 2**24  # larger documents are rejected; bytes
-
-    def __post_init__(self) -> None:
-        if self.max_document_bytes < 1:
-            raise ValueError(f"max_document_bytes is {self.max_document_bytes}; it must be at least 1")
-
-
-LANGUAGES = {
-    extension: language
-    for language, extensions in {
-        "C": ".c .h",
-        "C#": ".cs",
-        "C++": ".cc .cpp .cxx .hh .hpp .hxx",
-        "CSS": ".css",
-        "Go": ".go",
-        "HTML": ".htm .html",
-        "Haskell": ".hs",
-        "JSON": ".json",
-        "Java": ".java",
-        "JavaScript": ".cjs .js .jsx .mjs",
-        "Julia": ".jl",
-        "Jupyter Notebook": ".ipynb",
-        "Kotlin": ".kt .kts",
-        "Lua": ".lua",
-        "Markdown": ".markdown .md",
-        "PHP": ".php",
-        "Perl": ".pl .pm",
-        "Python": ".py .pyi .pyw",
-        "R": ".r",
-        "Ruby": ".rb",
-        "Rust": ".rs",
-        "SQL": ".sql",
-        "SVG": ".svg",
-        "Scala": ".scala",
-        "Shell": ".bash .sh",
-        "Swift": ".swift",
-        "TeX": ".tex",
-        "Text": ".txt",
-        "TypeScript": ".ts .tsx",
-        "XML": ".xml",
-        "YAML": ".yaml .yml",
-        "reStructuredText": ".rst",
-    }.items()
-    for extension in extensions.split()
-}
 
 
 def open_source(config: SourceConfig, downloads: Path, pins: dict[str, str]) -> list[Input]:
@@ -126,19 +40,14 @@ def _open(spec: str, config: SourceConfig, downloads: Path, pins: dict[str, str]
     if kind == "dir" and rest:
         return folder_files(Path(rest), config.max_document_bytes)
     if kind == "files" and rest:
-        from data.rows import RowFile
-
         names = [name for name in sorted(glob.glob(rest, recursive=True)) if os.path.isfile(name)]
-        if not names:
+        once = {os.path.realpath(name): name for name in reversed(names)}  # a link may lead back to a folder above
+        if not once:
             raise ValueError(f"--source={spec}: no file matches; check the path, and quote the pattern")
-        return [RowFile(Path(name), config) for name in names]
+        return [RowFile(Path(name), config) for name in sorted(once.values())]
     if kind == "hub" and rest:
-        from data.hub import hub_files
-
         return hub_files(rest, config, downloads, pins)
     if kind == "commits" and rest:
-        from data.commits import Commits
-
         return [Commits(Path(rest), config.max_document_bytes)]
     raise ValueError(
         f"--source={spec}: unknown; use local, dir:PATH, files:GLOB such as 'files:data/raw/*.json.gz', hub:NAME such "
@@ -150,7 +59,7 @@ class SourceFile(NamedTuple):
     repo: str
     path: str  # within the repository's parent, as a Document gives it
     file: Path
-    version: str
+    size: int = 0  # bytes
     rejected: str | None = None  # why it is not even tried
 
 
@@ -168,14 +77,11 @@ class FileGroup:
 
     @property
     def version(self) -> str:
-        return digest_of(f"{file.path} {file.version}" for file in self.files)
+        return digest_of(f"{file.path} {file.size}" for file in self.files)
 
     def records(self, skip: int) -> Iterator[Document | Rejection]:
         for file in self.files[skip:]:
             yield self._read(file)
-
-    def release(self) -> None:
-        pass
 
     def _read(self, file: SourceFile) -> Document | Rejection:
         if file.rejected:
@@ -205,7 +111,7 @@ def local_files(folders: dict[Path, str], package_bytes: int | None, max_bytes: 
     )
     sizes: Counter[str] = Counter()
     for file in files:
-        sizes[file.repo] += _size(file)
+        sizes[file.repo] += file.size
     limit = package_bytes or max(sizes.values(), default=0)
     return _groups(
         [file for file in files if fraction(f"{file.repo} {file.path}") * sizes[file.repo] < limit], max_bytes
@@ -223,7 +129,7 @@ def folder_files(folder: Path, max_bytes: int) -> list[Input]:
         relative = path.relative_to(folder)
         repo = relative.parts[0] if len(relative.parts) > 1 else folder.resolve().name
         if problem:
-            files.append(SourceFile(repo, str(relative), path, "", problem))
+            files.append(SourceFile(repo, str(relative), path, 0, problem))
         elif language_of(path.name):
             files.append(_source_file(path, repo, str(relative), max_bytes))
     if not files:
@@ -233,36 +139,13 @@ def folder_files(folder: Path, max_bytes: int) -> list[Input]:
     return _groups(sorted(files), max_bytes)
 
 
-def language_of(path: str) -> str | None:
-    """The language that a path's extension names, as in LANGUAGES."""
-    return LANGUAGES.get(os.path.splitext(path)[1].lower())
-
-
-def fraction(key: str) -> float:
-    """A number in [0, 1) that depends on `key` alone."""
-    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "replace")).digest()[:8], "big") / 2**64
-
-
-def digest_of(lines: Iterator[str]) -> str:
-    """sha256 of some lines."""
-    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def file_version(stat: os.stat_result) -> str:
-    return f"{stat.st_size} {stat.st_mtime_ns}"
-
-
 def _source_file(path: Path, repo: str, name: str, max_bytes: int) -> SourceFile:
     try:
         stat = path.stat()
     except OSError:
-        return SourceFile(repo, name, path, "", "unreadable")
+        return SourceFile(repo, name, path, 0, "unreadable")
     rejected = "not a file" if not path.is_file() else "too large" if stat.st_size > max_bytes else None
-    return SourceFile(repo, name, path, file_version(stat), rejected)
-
-
-def _size(file: SourceFile) -> int:
-    return 0 if file.rejected or not file.version else int(file.version.split()[0])
+    return SourceFile(repo, name, path, 0 if rejected else stat.st_size, rejected)
 
 
 def _groups(files: list[SourceFile], max_bytes: int) -> list[Input]:
@@ -272,7 +155,7 @@ def _groups(files: list[SourceFile], max_bytes: int) -> list[Input]:
     n_bytes = 0
     for file in files:
         members.append(file)
-        n_bytes += _size(file)
+        n_bytes += file.size
         if n_bytes >= GROUP_BYTES or file is files[-1]:
             groups.append(FileGroup(tuple(members), n_bytes, max_bytes))
             members, n_bytes = [], 0

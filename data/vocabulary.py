@@ -1,20 +1,20 @@
 """The tokenizer of a corpus: a known one, or one learnt from a sample of it."""
 
-import json
+import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from atomic import atomic_write
+from atomic import write_json
+from data.documents import Document, Input, fraction, utf8_bytes
 from data.formats import SPECIALS
-from data.refine import RefineConfig, Refinery, Tally, is_validation, utf8_bytes
+from data.refine import RefineConfig, Refinery, Tally, is_validation
 from data.report import progress_bar
-from data.sources import Document, Input, fraction
 from tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
-SAMPLED_INPUTS = 16  # the sample comes from at most this many, spread over the source
+SAMPLED_INPUTS = 8  # the sample comes from at most this many, spread over the source; a hub's are downloaded for it
 HELD_OUT_BYTES = 2**21  # validation text on which tokenizers are compared
 
 
@@ -24,24 +24,24 @@ def tokenizer_for(config: RefineConfig, inputs: list[Input], folder: Path) -> To
     path = folder / "tokenizer.json"
     if path.exists():
         return load_tokenizer(str(path))
-    specials = SPECIALS if _needs_specials(config) else ()
-    kind, _, size = config.tokenizer.partition(":")
-    if kind != "train":
-        tokenizer = load_tokenizer(config.tokenizer).with_specials(specials)
-    elif size.isdecimal():
-        held_out: list[str] = []
-        sample = _sample(inputs, config, held_out)
-        tokenizer = train_tokenizer(sample, int(size) - len(specials)).with_specials(specials)
-        with atomic_write(folder / "tokenizers.json") as file:
-            json.dump(_compared(tokenizer, held_out), file)
-    else:
-        raise ValueError(f"--tokenizer={config.tokenizer}: wants a number of ids, such as train:4096")
+    held_out: list[str] = []
+    tokenizer = make_tokenizer(config, _sample(inputs, config, held_out))
+    if config.tokenizer.startswith("train:"):
+        write_json(folder / "tokenizers.json", _compared(tokenizer, held_out))
     tokenizer.save(path)
     return tokenizer
 
 
-def _needs_specials(config: RefineConfig) -> bool:
-    return bool(config.metadata_rate or config.fim_rate or config.notebooks or "commits:" in config.source)
+def make_tokenizer(config: RefineConfig, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer the settings ask for, with the special tokens they need, learnt from `texts` if it is to be."""
+    needs_specials = config.metadata_rate or config.fim_rate or config.notebooks or "commits:" in config.source
+    specials = SPECIALS if needs_specials else ()
+    kind, _, size = config.tokenizer.partition(":")
+    if kind != "train":
+        return load_tokenizer(config.tokenizer).with_specials(specials)
+    if not size.isdecimal():
+        raise ValueError(f"--tokenizer={config.tokenizer}: wants a number of ids, such as train:4096")
+    return train_tokenizer(texts, int(size) - len(specials)).with_specials(specials)
 
 
 def _sample(inputs: list[Input], config: RefineConfig, held_out: list[str]) -> Iterator[str]:
@@ -49,24 +49,23 @@ def _sample(inputs: list[Input], config: RefineConfig, held_out: list[str]) -> I
     up to `tokenizer_sample_bytes`; some of the validation text among them goes to `held_out`."""
     chosen = [inputs[place] for place in np.unique(np.linspace(0, len(inputs) - 1, SAMPLED_INPUTS).astype(int))]
     rate = config.tokenizer_sample_bytes / max(1, sum(item.text_bytes for item in chosen))
-    refinery, left, left_held_out = Refinery(config), config.tokenizer_sample_bytes, HELD_OUT_BYTES
+    refinery = Refinery(dataclasses.replace(config, decontaminate=None, redact=False))
+    left, left_held_out = config.tokenizer_sample_bytes, HELD_OUT_BYTES
     with progress_bar("sampling for the tokenizer", left) as bar:
         for item in chosen:
-            records = (record for record in item.records(skip=0) if isinstance(record, Document))
-            for document in records:
+            for document in (record for record in item.records(skip=0) if isinstance(record, Document)):
                 is_val = is_validation(item, config) or refinery.split(document) == "val"
                 draw = fraction(f"sample {config.seed} {document.repo} {document.path}")
                 if draw >= rate or (is_val and left_held_out <= 0):
                     continue
-                for kept in refinery.clean([document], Tally()):
-                    n_bytes = utf8_bytes(kept.text)
+                for text in (kept.text for kept in refinery.clean([document], Tally())):
                     if is_val:
-                        left_held_out -= n_bytes
-                        held_out.append(kept.text)
+                        left_held_out -= utf8_bytes(text)
+                        held_out.append(text)
                     else:
-                        left -= n_bytes
-                        bar.update(n_bytes)
-                        yield kept.text
+                        left -= utf8_bytes(text)
+                        bar.update(utf8_bytes(text))
+                        yield text
                 if left <= 0:
                     return
 

@@ -1,7 +1,7 @@
 """Measure the data stage beside what one would use instead, and how near-duplicate search grows.
 
-    python runs/bench_data.py speed          # data.prepare, datasets.map in nanoGPT's manner, tiktoken alone
-    python runs/bench_data.py dedup 100000   # memory and seconds to find near duplicates among so many documents
+    python runs/bench_data.py speed HumanEval.jsonl.gz    # data.prepare beside datasets.map and tiktoken alone
+    python runs/bench_data.py dedup 100000                # memory and seconds to find near duplicates among so many
 
 `speed` takes 64 MB of the Python installed here, in four .json.gz files, and two workers. The rounds alternate; each
 program runs in a process of its own and is timed from its start to its end.
@@ -9,7 +9,6 @@ program runs in a process of its own and is timed from its start to its end.
 
 import gzip
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -25,7 +24,6 @@ CLEANING = (
     "--filters=codeparrot_v2",
     "--near_threshold=0.85",
     "--licenses=permissive",
-    *([f"--decontaminate={os.environ['HUMANEVAL_FILE']}"] if "HUMANEVAL_FILE" in os.environ else []),
 )
 
 
@@ -94,7 +92,8 @@ def datasets_map(folder: Path) -> None:
         array.flush()
 
 
-def speed(rounds: int = 5) -> None:
+def speed(problems: str, rounds: int = 3) -> None:
+    cleaning = (*CLEANING, f"--decontaminate={problems}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         n_bytes = make_corpus(folder)
@@ -102,8 +101,8 @@ def speed(rounds: int = 5) -> None:
         programs = {
             "tiktoken alone, text in memory": [__file__, "tokenize_alone", name],
             "data.prepare, cleaning off": [*prepare, f"--name={folder}/shards", "--exact_duplicates=False"],
-            "data.prepare, all cleaning on": [*prepare, f"--name={folder}/shards", *CLEANING],
-            "  the same, nothing dropped": [*prepare, f"--name={folder}/shards", *CLEANING, *_DROP_NOTHING],
+            "data.prepare, all cleaning on": [*prepare, f"--name={folder}/shards", *cleaning],
+            "  the same, nothing dropped": [*prepare, f"--name={folder}/shards", *cleaning, *_DROP_NOTHING],
             "datasets.map": [__file__, "datasets_map", name],
         }
         seconds: dict[str, list[float]] = {program: [] for program in programs}
@@ -191,7 +190,7 @@ def _peak_mb() -> float:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["speed"]:
-        speed(*map(int, sys.argv[2:]))
+        speed(sys.argv[2], *map(int, sys.argv[3:]))
     elif sys.argv[1:2] == ["dedup"]:
         dedup(int(sys.argv[2]))
     elif sys.argv[1:2] == ["search"]:

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from data.clean import (
@@ -8,8 +10,9 @@ from data.clean import (
     filter_names,
     license_rejection,
     opted_out,
+    visible_text,
 )
-from data.sources import Document
+from data.documents import Document
 
 GOOD = '''def area(width, height):
     """The area of a rectangle."""
@@ -58,10 +61,24 @@ def test_a_filter_drops_beyond_its_threshold_and_keeps_up_to_it(name):
     assert [FILTERS[name](document, config) for document in documents[1]] == [False] * len(kept)
 
 
+@pytest.mark.parametrize("unit", ["<a ", "<![foo[", "/* ", "<script", "<!--", '"""', "&", "//", "= ", "config "])
+def test_no_text_takes_long_or_ends_a_filter(unit):
+    t0 = time.perf_counter()
+    for language in ("HTML", "Python", "Java", "JSON"):
+        document = Document(unit * (300_000 // len(unit)), "a/b", "x", (), language)
+        for function in FILTERS.values():
+            function(document, CleanConfig())
+    assert time.perf_counter() - t0 < 5
+
+
+def test_what_a_browser_shows():
+    page = "<h1 class='>'>T&amp;T</h1><!-- <p>no --> a < b <SCRIPT>if (a < b) {}</SCRIPT><style>p {}</style>\n end"
+    assert visible_text(page) == "'>T&T a end"  # a quoted ">" ends the tag here, and "< b" begins one: near enough
+
+
 def test_token_filters_look_at_the_tokens():
-    document = Document("x" * 150, "a/b", "x")
-    assert [TOKEN_FILTERS["chars_per_token"](document, n, CleanConfig()) for n in (100, 101)] == [False, True]
-    assert [TOKEN_FILTERS["few_tokens"](document, n, CleanConfig()) for n in (99, 100)] == [True, False]
+    assert [TOKEN_FILTERS["chars_per_token"](150, n, CleanConfig()) for n in (100, 101)] == [False, True]
+    assert [TOKEN_FILTERS["few_tokens"](500, n, CleanConfig()) for n in (99, 100)] == [True, False]
 
 
 def test_a_share_is_dropped_by_a_hash_of_the_document():

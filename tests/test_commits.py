@@ -2,7 +2,7 @@ import subprocess
 from pathlib import Path
 
 from data.commits import Commits
-from data.sources import Document, Rejection
+from data.documents import Document, Rejection
 
 
 def git(folder: Path, *arguments: str) -> None:

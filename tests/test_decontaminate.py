@@ -5,7 +5,9 @@ import os
 import pytest
 
 from data.decontaminate import Decontaminator, needles_of, squeeze
+from data.refine import RefineConfig
 
+COLUMNS = RefineConfig().contaminant_columns
 MBPP = {
     "task_id": 2,
     "text": "Write a function to find the shared elements.",
@@ -30,7 +32,7 @@ HUMANEVAL = {
 
 
 def found(text: str, min_chars: int = 20) -> list[str]:
-    return Decontaminator(needles_of([MBPP, HUMANEVAL], min_chars)).problems(squeeze(text))
+    return Decontaminator(needles_of([MBPP, HUMANEVAL], min_chars, COLUMNS, "MBPP")).problems(squeeze(text))
 
 
 @pytest.mark.parametrize(
@@ -51,20 +53,21 @@ def test_docstrings_and_solutions_are_found_without_case_and_white_space(text, p
 
 def test_short_solutions_prove_nothing():
     short = {**HUMANEVAL, "canonical_solution": "    return x + y\n"}
-    assert [needle.text for needle in needles_of([short], 20)] == [b"growxby\\alphauntilitislarge."]
-    assert needles_of([short], 32) == [] and Decontaminator([]).problems("returnx+y") == []
+    assert [needle.text for needle in needles_of([short], 20, COLUMNS, "x")] == [b"growxby\\alphauntilitislarge."]
+    assert needles_of([short], 32, COLUMNS, "x") == [] and Decontaminator([]).problems("returnx+y") == []
 
 
 def test_rows_that_are_no_problems_are_refused():
-    with pytest.raises(ValueError, match=r"problem None: has no prompt, text, canonical_solution or code column"):
-        needles_of([{"question": "?"}], 32)
+    with pytest.raises(ValueError, match=r"quiz, problem 1: has no column prompt,text,.*; name its columns with"):
+        needles_of([{"riddle": "?"}], 32, COLUMNS, "quiz")
+    assert needles_of([{"riddle": "What is it that walks on four legs?"}], 8, "riddle", "quiz")[0].problem == "quiz/1"
 
 
 @pytest.mark.skipif("HUMANEVAL_FILE" not in os.environ, reason="needs HumanEval's file in HUMANEVAL_FILE")
 def test_every_humaneval_problem_is_found_and_this_pythons_library_holds_none(corpus):
     with gzip.open(os.environ["HUMANEVAL_FILE"], "rt", encoding="utf-8") as file:
         problems = [json.loads(line) for line in file]
-    detector = Decontaminator(needles_of(problems, 32))
+    detector = Decontaminator(needles_of(problems, 32, COLUMNS, "HumanEval"))
     for problem in problems:
         for text in (problem["prompt"], problem["prompt"] + problem["canonical_solution"]):
             assert problem["task_id"] in detector.problems(squeeze("import os\n" + text + "\nprint()"))

@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 
 from data import formats
+from data.documents import Document, Rejection
 from data.formats import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, SPECIALS, FormatConfig, notebook, plain, restore, sequence
-from data.sources import Document, Rejection
 from tokenizer import Special, train_tokenizer
 
 DOCUMENT = Document("def f(x):\n    return x  # <fim_middle> é\n", "user/repo", "src/f.py", (), "Python", 42)

@@ -13,10 +13,13 @@ from urllib.parse import unquote
 import pytest
 from conftest import python_documents
 
-from shards import SPLITS, Shards
+from data.hub import HubFile
+from data.refine import RefineConfig, is_validation
+from shards import Shards
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
+FEW = ("--workers=1", "--exact_duplicates=False")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -26,6 +29,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, files: dict[str, bytes]):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files, self.requests, self.failures = files, Counter(), {}
+        self.watched, self.most = None, 0  # a folder, and how many of the corpus's files were in it at most
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -34,6 +38,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(self.path.partition("?")[0])
         self.server.requests[f"{self.command} {path}"] += 1
+        if self.server.watched:
+            self.server.most = max(self.server.most, len(list(self.server.watched.rglob("*.gz"))))
         planned = self.server.failures.get(f"{self.command} {path}", [])
         failure = planned.pop(0) if planned else None
         if isinstance(failure, int):
@@ -98,7 +104,8 @@ def prepare(hub: Hub, folder: Path, *more: str, source: str = "hub:user/code") -
 
 
 def test_files_of_a_repository_are_read_one_by_one_and_deleted(hub, tmp_path):
-    result = prepare(hub, tmp_path, "--val_files=file-*54.json.gz", "--val_fraction=0", "--exact_duplicates=False")
+    hub.watched = tmp_path
+    result = prepare(hub, tmp_path, "--val_files=file-*54.json.gz", "--val_fraction=0", *FEW)
     assert result.returncode == 0, result.stderr
     shards = Shards(tmp_path / "shards")
     tokenizer = load_tokenizer(str(shards.path / "tokenizer.json"))
@@ -106,20 +113,38 @@ def test_files_of_a_repository_are_read_one_by_one_and_deleted(hub, tmp_path):
     for split, expected in (("val", texts[2::3]), ("train", texts[0::3] + texts[1::3])):
         stream = shards.split(split)
         assert tokenizer.decode(stream.read(0, len(stream))) == "".join(f"{text}<|endoftext|>" for text in expected)
-    assert not list(tmp_path.rglob("*.gz")) and shards.meta["splits"]["val"]["documents"] == len(texts[2::3])
+    assert hub.most == 0, "when a file is asked for, the one before is gone"
+    assert not list(tmp_path.rglob("*.gz")) and shards.meta["source"]["commits"] == {"user/code": COMMIT}
+    assert shards.meta["splits"]["val"]["documents"] == len(texts[2::3])
 
 
 def test_failures_of_the_network_are_waited_out(hub, tmp_path):
     first = f"/datasets/user/code/resolve/{COMMIT}/file-000000000001.json.gz"
     hub.failures = {
         "GET /api/datasets/user/code": [503, 502],
-        f"HEAD {first}": [500] * 8,
+        f"HEAD {first}": [500] * 4,
         f"GET {first}": ["cut", 429, "cut"],
     }
-    result = prepare(hub, tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "trying again in" in result.stderr
-    assert sum(Shards(tmp_path / "shards").meta["splits"][split]["documents"] for split in SPLITS) > 50
+    (tmp_path / "calm").mkdir()
+    for folder in (tmp_path, tmp_path / "calm"):
+        result = prepare(hub, folder)
+        assert result.returncode == 0, result.stderr
+        assert ("trying again in" in result.stderr) == (folder == tmp_path)
+    assert Shards(tmp_path / "shards").fingerprint() == Shards(tmp_path / "calm" / "shards").fingerprint()
+
+
+def test_a_dry_run_and_a_part_leave_no_downloads(hub, tmp_path):
+    result = prepare(hub, tmp_path, "--dry_run=30")
+    assert result.returncode == 0 and "nothing was written" in result.stdout, result.stderr
+    assert prepare(hub, tmp_path, "--part=1/2").returncode == 0
+    assert not list(tmp_path.rglob("*.gz"))
+
+
+def test_the_file_that_codeparrot_validates_on_is_never_in_train():
+    for repo, held_out in (("codeparrot/codeparrot-clean", [False, True]), ("user/code", [False, False])):
+        names = ("file-000000000001.json.gz", "file-000000000054.json.gz")
+        files = [HubFile(repo, COMMIT, name, 1, Path("x"), RefineConfig()) for name in names]
+        assert [is_validation(file, RefineConfig()) for file in files] == held_out
 
 
 def test_what_waiting_cannot_mend_ends_in_one_line(hub, tmp_path):

@@ -1,7 +1,10 @@
+import bisect
+import gzip
 import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -104,7 +107,7 @@ def test_stopped_at_a_given_moment_it_loses_nothing_that_was_done(moment, corpus
         elif moment == "shard":
             die_before(publish, "write_shard", lambda path, *_: path.name == "train_00001.npy")
         elif moment == "meta.json":
-            die_before(prepare_module, "_write_json", lambda path, _: path.stem == "meta")
+            die_before(prepare_module, "write_json", lambda path, _: path.stem == "meta")
         elif moment == "rename":
             die_before(os, "replace", lambda source, _: str(source).endswith(".partial"))
         else:
@@ -138,6 +141,32 @@ def test_the_number_of_workers_and_parts_does_not_change_a_byte(tmp_path, corpus
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["alone", "parts", "three"]
 
 
+def test_a_failed_or_stopped_joining_keeps_every_part(tmp_path, corpus, run_program, monkeypatch):
+    from data import parts as module
+
+    for part in (1, 2):
+        prepare(load_config(PrepareConfig, arguments(corpus, tmp_path / "x", f"--part={part}/2", "--workers=1")))
+    units = sorted(path.name for path in tmp_path.glob("x.part-*/units/*"))
+    code, _, err = run_program(prepare, PrepareConfig, *arguments(corpus, tmp_path / "x"), "--merge=2", "--part=1/2")
+    assert code == 2 and "--part and --merge: one run does one of them" in err
+    moved = []
+
+    def die_at_seventh(source, target, move=os.replace):
+        moved.append(source)
+        if len(moved) == 7:
+            raise KeyboardInterrupt
+        move(source, target)
+
+    config = load_config(PrepareConfig, arguments(corpus, tmp_path / "x", "--merge=2"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module.os, "replace", die_at_seventh)
+        prepare(config)
+    assert sorted(path.name for path in tmp_path.glob("x.part*/units/*")) == units
+    prepare(config)
+    alone = prepared(corpus, tmp_path / "alone", "--workers=1")
+    assert digests(tmp_path / "x") == digests(alone.path)
+
+
 def test_joining_wants_all_parts_complete_and_alike(tmp_path, corpus, run_program):
     run = [*arguments(corpus, tmp_path / "x"), "--part=1/2"]
     assert run_program(prepare, PrepareConfig, *run)[0] == 0
@@ -158,6 +187,20 @@ def code(number: int, n_words: int = 400) -> str:
     return f"def compute_{number}():\n    '''Compute number {number}.'''\n" + "\n".join(lines) + "\n"
 
 
+def like(number: int, jaccard: float) -> str:
+    """Code whose set of words has that Jaccard similarity to `code(number)`'s."""
+    mine, other = code(number).splitlines(), code(number + 1000).splitlines()
+
+    def mixed(n_changed: int) -> str:
+        return "\n".join([*mine[:2], *other[2:n_changed], *mine[n_changed:]]) + "\n"
+
+    def unlikeness(n_changed: int) -> float:
+        a, b = (set(re.findall(r"\w+", text)) for text in (code(number), mixed(n_changed)))
+        return -len(a & b) / len(a | b)
+
+    return mixed(bisect.bisect_left(range(len(mine)), -jaccard, lo=2, key=unlikeness))
+
+
 def test_every_planted_bad_document_is_dropped_for_its_own_reason_and_no_good_one(tmp_path):
     problem = {
         "task_id": "Planted/7",
@@ -168,8 +211,7 @@ def test_every_planted_bad_document_is_dropped_for_its_own_reason_and_no_good_on
     (tmp_path / "problems.jsonl").write_text(json.dumps(problem) + "\n")
     (tmp_path / "opt_out.txt").write_text("alice  # asked on Monday\nBob/secret\n")
     good = [{"content": code(i), "repo_name": f"user/{i}", "path": f"{i}.py", "license": "mit"} for i in range(60)]
-    # Half as similar (0.5) to a good one: kept. The set of words of a near copy is 0.95 alike.
-    good += [{**good[i], "content": good[i]["content"][: len(code(i)) // 3] + code(900 + i)} for i in range(10)]
+    good += [{**good[i], "content": like(i, 0.5)} for i in range(10)]
     lines = [code(i).splitlines() for i in range(60)]
     bad = {
         "long_line": [code(100) + "# " + "x" * 2000],
@@ -188,7 +230,8 @@ def test_every_planted_bad_document_is_dropped_for_its_own_reason_and_no_good_on
         ],
         "few_tokens": ["def compute():  # counts counts counts\n" + "    value = 1\n" * 5],
         "exact duplicate": [code(3).replace("    ", "\t"), code(4) + "\n\n"],
-        "near duplicate": ["\n".join([*lines[5][:390], *code(905).splitlines()[390:]]), code(6) + "\nchanged = 1\n"],
+        "near duplicate": [like(i, 0.9) for i in range(10, 30)],
+        "xml": ['<?xml version="1.0"?>\n' + code(106)],
         "contaminated": [
             code(104) + problem["canonical_solution"],
             code(105) + "# RETURN the area of a\trectangle with\n sides W and H.",
@@ -206,6 +249,18 @@ def test_every_planted_bad_document_is_dropped_for_its_own_reason_and_no_good_on
         {"content": code(202), "repo_name": "alice/opted out", "path": "x.py", "license": "mit"},
         {"content": code(203), "repo_name": "bob/secret", "path": "x.py", "license": "mit"},
         {"content": code(204), "repo_name": "x/language not wanted", "path": "x.go", "license": "mit"},
+        {
+            "content": "<p a=1 b=2 c=3 d=4 e=5>" + "words <br class=x>" * 99,
+            "repo_name": "x/html",
+            "path": "x.html",
+            "license": "mit",
+        },
+        {
+            "content": '{"a": ' + "1" * 200 + ', "b": "=====" }',
+            "repo_name": "x/data_file",
+            "path": "x.json",
+            "license": "mit",
+        },
     ]
     everything = good + rows  # copies come after what they are copies of; the rest in any order
     write_json_gz(tmp_path / "a.json.gz", everything[: len(good) // 2])
@@ -222,10 +277,17 @@ def test_every_planted_bad_document_is_dropped_for_its_own_reason_and_no_good_on
             "--min_chars_per_token=1.2",
         ),
         *("--near_threshold=0.85", f"--decontaminate={tmp_path}/problems.jsonl", "--licenses=permissive"),
-        *(f"--opt_out={tmp_path}/opt_out.txt", "--languages=Python"),
+        *(f"--opt_out={tmp_path}/opt_out.txt", "--languages=Python,HTML,JSON"),
     )
     expected = {reason: len(some) for reason, some in bad.items()}
-    expected |= {"license unknown": 1, "license not wanted": 1, "opted out": 2, "language not wanted": 1}
+    expected |= {
+        "html": 1,
+        "data_file": 1,
+        "license unknown": 1,
+        "license not wanted": 1,
+        "opted out": 2,
+        "language not wanted": 1,
+    }
     assert shards.meta["rejected"] == expected
     kept = texts_of(shards, "train") + texts_of(shards, "val")
     assert sorted(kept) == sorted(row["content"] for row in good)
@@ -281,9 +343,9 @@ def test_languages_are_weighed_counted_and_validated_apart(tmp_path):
     val = {name: texts_of(shards, "val", name) for name in names}
     assert all(texts and all(text.startswith(name) for text in texts) for name, texts in val.items())
     assert sum(map(len, val.values())) == len(texts_of(shards, "val"))
-    n_train = {name: 200 - len(val[name]) for name in ("Python", "C#")}
+    n_train = {name: 200 - len(val[name]) for name in names}
     assert 2.3 * n_train["Python"] < count["Python"] < 2.7 * n_train["Python"] and count["C#"] == n_train["C#"]
-    assert 50 < count["Go"] < 90 and shards.meta["rejected"]["language weight"] > 80
+    assert 50 < count["Go"] < 90 and shards.meta["rejected"]["language weight"] == n_train["Go"] - count["Go"] > 50
     assert all(train.count(text) in (2, 3) for text in train if text.startswith("Python"))
     report = json.loads((shards.path / "report.json").read_text())
     assert report["languages"]["C#"]["kept"]["documents"] == 200
@@ -312,8 +374,16 @@ def test_redaction_and_tokenizer_comparison_are_reported(corpus, tmp_path):
 
 def test_max_tokens_stops_at_the_document_that_reaches_it(corpus, tmp_path):
     shards = prepared(corpus, tmp_path / "some", "--max_tokens=300_000")
+    assert shards.meta["rejected"] == {"beyond max_tokens": shards.meta["rejected"]["beyond max_tokens"]}
+    tokenizer = load_tokenizer(str(shards.path / "tokenizer.json"))
+    kept = {split: texts_of(shards, split) for split in SPLITS}
+    n_kept = sum(map(len, kept.values()))
+    documents = [row for row in python_documents()[: n_kept + 1]]
+    for split in SPLITS:  # the first ones, and no other
+        assert kept[split] == [d["content"] for d in documents[:n_kept] if split_of(d["repo_name"], 0, 0.3) == split]
+    last = len(tokenizer.encode(documents[n_kept - 1]["content"])) + 1
     total = sum(shards.meta["splits"][split]["tokens"] for split in SPLITS)
-    assert 300_000 <= total < 350_000
+    assert total - last < 300_000 <= total
 
 
 def test_a_worker_that_is_killed_ends_the_run_in_one_line_and_nothing_is_lost(corpus, shards, tmp_path, monkeypatch):
@@ -367,6 +437,26 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     assert peaks[1] < peaks[0] + 15, f"{peaks} MB for 4 and 32 MB of text"
 
 
+def test_files_that_settings_name_count_by_what_they_hold(corpus, tmp_path, run_program):
+    (tmp_path / "out").write_text("nobody\n")
+    run = [*arguments(corpus, tmp_path / "x"), f"--opt_out={tmp_path}/out"]
+    assert run_program(prepare, PrepareConfig, *run)[0] == 0
+    (tmp_path / "out").write_text("somebody\n")
+    code, _, err = run_program(prepare, PrepareConfig, *run)
+    assert code == 2 and "made with other settings: files was" in err
+
+
+def test_thousands_of_inputs_are_shared_out(tmp_path):
+    row = {"repo_name": "u/0", "path": "x.py"}
+    for number in range(4000):
+        text = f"{number} = x\n"
+        (tmp_path / f"{number:04d}.json").write_text(json.dumps({**row, "repo_name": f"u/{number}", "content": text}))
+    settings = [f"--name={tmp_path}/out", f"--source=files:{tmp_path}/*.json", "--tokenizer=train:257", "--workers=2"]
+    prepare(load_config(PrepareConfig, settings))
+    shards = Shards(tmp_path / "out")
+    assert sorted(texts_of(shards, "train") + texts_of(shards, "val")) == sorted(f"{i} = x\n" for i in range(4000))
+
+
 def test_a_mistake_mended_is_not_held_against_the_user(corpus, tmp_path, run_program):
     wrong = arguments(corpus, tmp_path / "x", "--tokenizer=missing.json")
     assert run_program(prepare, PrepareConfig, *wrong)[0] == 2 and not list(tmp_path.iterdir())
@@ -385,9 +475,10 @@ def test_a_source_that_changed_under_a_killed_run_is_noticed(corpus, tmp_path, m
     folder = Path(shutil.copytree(corpus, tmp_path / "corpus"))
     config = load_config(PrepareConfig, arguments(folder, tmp_path / "x"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "_make_units", die)
+        patch.setattr(module, "_publish", die)
         prepare(config)
-    (folder / "file-000000000001.json.gz").touch()
+    with gzip.open(folder / "file-000000000001.json.gz", "a") as file:
+        file.write(b"{}\n")
     with pytest.raises(ValueError, match="the source's files have changed since it was begun"):
         prepare(config)
 

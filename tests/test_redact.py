@@ -1,6 +1,7 @@
 import ast
 import gzip
 import json
+import time
 
 import pytest
 
@@ -59,6 +60,21 @@ def test_python_that_parsed_before_parses_after(redactor):
     ast.parse(redacted)
     assert counts == {"email": 2}
     assert redactor.redact("weights@user.data", "Go")[0] == "<EMAIL>"
+    assert redactor.redact("\ufeff" + text, "Python") == ("\ufeff" + redacted, counts)
+
+
+def test_only_the_secret_itself_is_replaced(redactor):
+    text = "db = 'postgres://postgres:postgres@acme.io'\nimport postgres\n"
+    assert redactor.redact(text, None)[0] == "db = 'postgres://postgres:<KEY>@acme.io'\nimport postgres\n"
+
+
+@pytest.mark.parametrize(
+    "unit", ["/", "a", "@", "a.", "1.", ":", "=", "'", "-", "a@", "AKIA", "-----BEGIN PRIVATE KEY-----"]
+)
+def test_no_text_takes_long(unit, redactor):
+    t0 = time.perf_counter()
+    redactor.redact(unit * (300_000 // len(unit)), "Python")
+    assert time.perf_counter() - t0 < 5
 
 
 def test_this_pythons_library_still_parses_and_keeps_all_but_what_was_found(corpus, redactor):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from data.documents import Document, Rejection, SourceConfig
 from data.rows import RowFile, read_rows
-from data.sources import Document, Rejection, SourceConfig
 
 GOOD = {"repo_name": "a/b", "path": "x.py", "content": "x = 1\n", "license": "mit", "stars": 3}
 if sys.version_info >= (3, 14):

@@ -1,10 +1,14 @@
+import json
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from data.sources import Document, Input, Rejection, SourceConfig, folder_files, local_files, open_source
+from data.documents import Document, Input, Rejection, SourceConfig
+from data.rows import RowFile
+from data.sources import folder_files, local_files, open_source
 
 LIMIT = 2**24
 
@@ -77,18 +81,26 @@ def test_a_folder_gives_its_source_files_and_counts_what_cannot_be_read(tmp_path
     ]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_what_may_not_be_read_is_counted(tmp_path):
-    for name in ("a/x.py", "b/y.py", "c/z.py"):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_text("x = 1\n")
-    (tmp_path / "a/x.py").chmod(0)
-    (tmp_path / "b").chmod(0)
-    try:
-        reasons = [record.reason for record in records(folder_files(tmp_path, 100)) if isinstance(record, Rejection)]
-    finally:
-        (tmp_path / "b").chmod(stat.S_IRWXU)
-    assert reasons == ["unreadable", "unreadable"]
+def test_what_may_not_be_read_is_counted():
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
+        folder = Path(name)
+        folder.chmod(0o755)
+        for file in ("a/x.py", "b/y.py", "c/z.py", "rows.jsonl"):
+            (folder / file).parent.mkdir(exist_ok=True)
+            (folder / file).write_text("x = 1\n")
+        for file in ("a/x.py", "b", "rows.jsonl"):
+            (folder / file).chmod(0)
+        reader, writer = os.pipe()
+        if (child := os.fork()) == 0:  # root may read everything, so a child gives its rights up
+            if os.geteuid() == 0:
+                os.setuid(65534)
+            inputs = [*folder_files(folder, 100), RowFile(folder / "rows.jsonl", SourceConfig())]
+            os.write(writer, json.dumps([[type(r).__name__, r[0]] for r in records(inputs)]).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        found = json.loads(os.read(reader, 10_000))
+        (folder / "b").chmod(stat.S_IRWXU)
+    assert sorted(found) == [["Document", "x = 1\n"], *[["Rejection", "unreadable"]] * 3]
 
 
 def test_a_file_that_goes_away_while_it_is_read_is_counted(tmp_path):
