@@ -250,7 +250,7 @@ def test_every_planted_bad_document_is_dropped_for_its_own_reason_and_no_good_on
         {"content": code(203), "repo_name": "bob/secret", "path": "x.py", "license": "mit"},
         {"content": code(204), "repo_name": "x/language not wanted", "path": "x.go", "license": "mit"},
         {
-            "content": "<p a=1 b=2 c=3 d=4 e=5>" + "words <br class=x>" * 99,
+            "content": "<p a=1 b=2 c=3 d=4 e=5>" + "a <br class=wide>" * 99,
             "repo_name": "x/html",
             "path": "x.html",
             "license": "mit",
