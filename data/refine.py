@@ -268,12 +268,11 @@ def files_named(config: RefineConfig) -> dict[str, str]:
 
 
 def is_validation(item: Input, config: RefineConfig) -> bool:
-    """Does all of this input go to validation? It does if its path or file name matches `val_files`, and if its makers
-    hold it out."""
-    if getattr(item, "held_out", False):
-        return True
-    pattern = config.val_files
-    return pattern is not None and any(fnmatch.fnmatch(n, pattern) for n in (item.name, os.path.basename(item.name)))
+    """Does all of this input go to validation? It does if `val_files` matches its file name (its path, if there is a
+    slash in the pattern), and if its makers hold it out."""
+    pattern = config.val_files or ""
+    name = item.name if "/" in pattern else os.path.basename(item.name)
+    return getattr(item, "held_out", False) or fnmatch.fnmatch(name, pattern)
 
 
 def split_of(key: str, seed: int, val_fraction: float) -> str:

@@ -5,6 +5,6 @@ name = "codeparrot"
 source = "hub:codeparrot/codeparrot-clean"
 tokenizer = "cl100k_base"
 max_tokens = 3_400_000_000
-val_files = "*file-000000000054.json.gz"  # CodeParrot's validation file, 61,373 documents, about 150M tokens
+val_files = "file-000000000054.json.gz"  # CodeParrot's validation file, 61,373 documents, about 150M tokens
 val_fraction = 150 / 3250  # of the other files' repositories: the other 150M
 exact_duplicates = False

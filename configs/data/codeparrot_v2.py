@@ -7,5 +7,5 @@ near_threshold = 0.85
 near_shingle = 1
 tokenizer = "train:32768"
 tokenizer_sample_bytes = 2**30
-val_files = "*file-000000000054.json.gz"
+val_files = "file-000000000054.json.gz"
 val_fraction = 0.0
