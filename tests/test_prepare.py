@@ -128,7 +128,7 @@ def test_the_number_of_workers_and_parts_does_not_change_a_byte(tmp_path, corpus
     random.Random(0).shuffle(rows)  # copies in other files, units and parts
     for place in range(5):
         write_json_gz(tmp_path / f"{place}.json.gz", rows[place * len(rows) // 5 : (place + 1) * len(rows) // 5])
-    settings = ("--near_threshold=0.7", "--fim_rate=0.5", "--max_tokens=1_200_000")
+    settings = ("--near_threshold=0.7", "--fim_rate=0.5", "--max_tokens=800_000")
     alone = prepared(tmp_path, tmp_path / "alone", "--workers=1", *settings)
     prepared(tmp_path, tmp_path / "three", "--workers=3", *settings)
     assert digests(tmp_path / "three") == digests(alone.path)
