@@ -343,6 +343,8 @@ def test_languages_are_weighed_counted_and_validated_apart(tmp_path):
     val = {name: texts_of(shards, "val", name) for name in names}
     assert all(texts and all(text.startswith(name) for text in texts) for name, texts in val.items())
     assert sum(map(len, val.values())) == len(texts_of(shards, "val"))
+    with pytest.raises(ValueError, match=r"no val shards of 'Pyhton'; there are C#, Go, Python"):
+        shards.split("val", "Pyhton")
     n_train = {name: 200 - len(val[name]) for name in names}
     assert 2.3 * n_train["Python"] < count["Python"] < 2.7 * n_train["Python"] and count["C#"] == n_train["C#"]
     assert 50 < count["Go"] < 90 and shards.meta["rejected"]["language weight"] == n_train["Go"] - count["Go"] > 50
