@@ -52,6 +52,15 @@ class KVCache:
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
+    def repeated(self, batch_size: int) -> "KVCache":
+        """A cache of `batch_size` sequences that begin with the tokens of this one, which has a single sequence."""
+        cache = KVCache.__new__(KVCache)
+        cache.keys, cache.values, cache.length = (
+            *(held.repeat_interleave(batch_size, dim=1) for held in (self.keys, self.values)),
+            self.length,
+        )
+        return cache
+
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):

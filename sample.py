@@ -11,9 +11,10 @@ the same windows would give.
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -55,10 +56,18 @@ class SampleConfig:
             raise ValueError(f"--dtype={self.dtype}: not one of {', '.join(DTYPES)}")
 
 
+class Completion(NamedTuple):
+    """What a model wrote after a prompt."""
+
+    text: str  # up to the first stop
+    raw: str  # all of it, the stop string and what came with it in the same token included
+    finish: str  # what ended it: stop, a string or a special id; or length, max_new_tokens
+
+
 def generate(
     model: GPT,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: str | Sequence[str],
     *,
     n_samples: int = 1,
     max_new_tokens: int = 256,
@@ -66,26 +75,27 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     stop: Sequence[str] = (),
+    stop_ids: Collection[int] = (),
     seed: int = 0,
     on_text: Callable[[int, str], None] = lambda row, text: None,
-) -> list[str]:
-    """Completions of `prompt`, without it: each ends at end-of-text, before the first stop string, or at
-    `max_new_tokens`. `on_text(row, text)` is called with each piece as soon as it is certain.
+) -> list[Completion]:
+    """Completions of `prompt`, a text or pieces of which some are Specials, without it: each ends at end-of-text or
+    another of `stop_ids`, before the first stop string, or at `max_new_tokens`. The prompt is read once, and every
+    completion drawn independently from its first token on. `on_text(row, text)` is called with each piece as soon as it
+    is certain.
 
-    A prompt longer than the context loses its beginning, with a warning. Raises ValueError for one of no tokens.
+    A prompt longer than the context loses its beginning. Raises ValueError for one of no tokens.
     """
-    ids = tokenizer.encode(prompt)
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_pieces(prompt)
     if not ids:
         raise ValueError("the prompt has no tokens; give at least one character, a newline will do")
     context = model.config.block_size
-    if len(ids) > context:
-        print(f"warning: the prompt has {len(ids)} tokens; the model sees the last {context}", file=sys.stderr)
     device = model.wpe.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     beyond = range(tokenizer.vocab_size, model.config.vocab_size)
     banned = torch.tensor([*tokenizer.undefined_ids(), *beyond], dtype=torch.int64, device=device)
-    tokens = torch.tensor(ids[-context:], device=device).repeat(n_samples, 1)  # (B, T)
-    rows = [_Row(tokenizer, stop) for _ in range(n_samples)]
+    tokens = torch.tensor([ids[-context:]], device=device)  # (1, T)
+    rows = [_Row(tokenizer, stop, {tokenizer.end_of_text, *stop_ids}) for _ in range(n_samples)]
 
     def choose(logits: torch.Tensor) -> torch.Tensor:
         logits = logits.float().index_fill(-1, banned, -torch.inf)
@@ -93,7 +103,7 @@ def generate(
 
     training = model.training
     model.eval()
-    steps = generate_tokens(model, tokens, choose)
+    steps = generate_tokens(model, tokens, choose, n_samples)
     for n in range(1, max_new_tokens + 1):
         for index, (row, token) in enumerate(zip(rows, next(steps).tolist(), strict=True)):
             if text := row.push(token, last=n == max_new_tokens):
@@ -101,14 +111,14 @@ def generate(
         if all(row.done for row in rows):
             break
     model.train(training)
-    return [row.text for row in rows]
+    return [Completion(row.text, row.raw, row.finish) for row in rows]
 
 
 def generate_tokens(
-    model: GPT, tokens: torch.Tensor, choose: Callable[[torch.Tensor], torch.Tensor]
+    model: GPT, tokens: torch.Tensor, choose: Callable[[torch.Tensor], torch.Tensor], n_samples: int = 1
 ) -> Iterator[torch.Tensor]:
     """Without end, the next token of each row, (B,): `choose(logits)` of the logits (B, V) that follow `tokens` (B, T)
-    and what was chosen before."""
+    and what was chosen before. A single row of tokens is read once and continued as `n_samples`."""
     block_size, start, cache = model.config.block_size, -1, None
     while True:
         with torch.inference_mode():
@@ -116,7 +126,11 @@ def generate_tokens(
             if moved:
                 start = window_start(tokens.size(1), block_size)
                 cache = KVCache(model.config, len(tokens), tokens.device, model.wte.weight.dtype)
-            chosen = choose(model.decode(tokens[:, start:] if moved else tokens[:, -1:], cache))
+            logits = model.decode(tokens[:, start:] if moved else tokens[:, -1:], cache)
+            if len(tokens) < n_samples:
+                cache = cache.repeated(n_samples)
+                logits, tokens = logits.expand(n_samples, -1), tokens.expand(n_samples, -1)
+            chosen = choose(logits)
             tokens = torch.cat((tokens, chosen[:, None]), dim=1)
         yield chosen
 
@@ -148,20 +162,25 @@ def choose_token(
 class _Row:
     """The text of one completion as its tokens arrive, cut at the first stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
-        self.decoder, self.end_of_text, self.stop = StreamDecoder(tokenizer), tokenizer.end_of_text, stop
-        self.text, self.sent, self.done = "", 0, False
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], stop_ids: Collection[int]):
+        self.decoder, self.stop, self.stop_ids = StreamDecoder(tokenizer), stop, stop_ids
+        self.text, self.raw, self.sent, self.finish = "", "", 0, ""
+
+    @property
+    def done(self) -> bool:
+        return bool(self.finish)
 
     def push(self, token: int, last: bool) -> str:
         """Take the next token; returns the text that has become certain. Once done, takes no more."""
         if self.done:
             return ""
-        self.done = last or token == self.end_of_text
-        self.text += "" if token == self.end_of_text else self.decoder.push(token)
+        self.finish = "stop" if token in self.stop_ids else "length" if last else ""
+        self.text += "" if token in self.stop_ids else self.decoder.push(token)
         self.text += self.decoder.flush() if self.done else ""
+        self.raw = self.text
         cuts = [self.text.find(stop) for stop in self.stop if stop in self.text]
         if cuts:
-            self.text, self.done = self.text[: min(cuts)], True
+            self.text, self.finish = self.text[: min(cuts)], "stop"
         sent, self.sent = self.sent, len(self.text) - (0 if self.done else self._held_back())
         return self.text[sent : self.sent]
 
@@ -170,14 +189,17 @@ class _Row:
         return max((n for stop in self.stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
 
 
-def sample(config: SampleConfig) -> list[str]:
+def sample(config: SampleConfig) -> list[Completion]:
     """Load the run, print `n_samples` completions of the prompt, one alone as it is written, and return them."""
-    prompt, stop = _read_prompt(config), _read_stops(config.stop)
+    prompt, stop = _read_prompt(config), read_stops(config.stop)
     device = resolve_device(config.device)
     out_dir = config.out_dir or latest_run()
     model, tokenizer, payload = load(out_dir, device, config.checkpoint)
     model.to(DTYPES[config.dtype])
     print(f"{out_dir}, step {payload['step']}, {model.n_parameters():,} parameters, {device}", file=sys.stderr)
+    n_tokens, context = len(tokenizer.encode(prompt)), model.config.block_size
+    if n_tokens > context:
+        print(f"warning: the prompt has {n_tokens} tokens; the model sees the last {context}", file=sys.stderr)
     streaming = config.n_samples == 1
     if streaming:
         print(prompt, end="", flush=True)
@@ -198,7 +220,7 @@ def sample(config: SampleConfig) -> list[str]:
         print()
     else:
         for number, completion in enumerate(completions, start=1):
-            print(f"--- sample {number} of {config.n_samples}\n{prompt}{completion}")
+            print(f"--- sample {number} of {config.n_samples}\n{prompt}{completion.text}")
     return completions
 
 
@@ -216,7 +238,8 @@ def _read_prompt(config: SampleConfig) -> str:
         raise ValueError(f"--prompt_file={config.prompt_file}: not UTF-8 text; convert it first") from None
 
 
-def _read_stops(text: str | None) -> list[str]:
+def read_stops(text: str | None) -> list[str]:
+    """The stop strings of a setting: a text, with \\n and \\t for newline and tab, or a JSON list of texts."""
     if text is None:
         return []
     try:

@@ -45,6 +45,13 @@ class Tokenizer:
         """The ids of `text` as ordinary text. A lone surrogate, which has no UTF-8 form, becomes U+FFFD."""
         return self.encoding.encode_ordinary(text)
 
+    def encode_pieces(self, pieces: Iterable[str]) -> list[int]:
+        """The ids of Specials and texts, one after the other. Raises ValueError on a special that it does not have."""
+        missing = [piece for piece in pieces if isinstance(piece, Special) and piece not in self.specials]
+        if missing:
+            raise ValueError(f"tokenizer {self.name}: has no {missing[0]}; use a model trained with --fim_rate")
+        return [int(token) for piece in pieces for token in self._encode_piece(piece)]
+
     def with_specials(self, names: Iterable[str]) -> "Tokenizer":
         """This tokenizer with further special tokens, their ids after all others; those it has stay as they are."""
         new = [str(name) for name in names if name not in self.specials]

@@ -160,7 +160,7 @@ def train_loop(run: Run, loader: Loader, val_stream: TokenStream, metrics: Metri
                 metrics.write(figures)
                 keep_best(run, figures["val_loss"])
             if config.sample_interval is not None and (last or run.step % config.sample_interval == 0):
-                text = generate(run.model, run.tokenizer, config.sample_prompt, max_new_tokens=64, top_p=0.95)[0]
+                text = generate(run.model, run.tokenizer, config.sample_prompt, max_new_tokens=64, top_p=0.95)[0].text
                 tqdm.write(f"--- sample at step {run.step}\n{config.sample_prompt}{text}\n---")
             if saving:
                 save_run(run, rng_state(run.device))

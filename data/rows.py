@@ -50,9 +50,11 @@ class RowFile:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows of a small file. Raises ValueError at the first that is none."""
+    """All rows of a small file, blank lines left out. Raises ValueError at the first that is none."""
     rows = []
     for number, row in enumerate((_parquet_rows if path.suffix == ".parquet" else _lines)(path, 2**27), start=1):
+        if isinstance(row, bytes) and not row.strip():
+            continue
         try:
             row = json.loads(row) if isinstance(row, bytes) else row
         except ValueError:

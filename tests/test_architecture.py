@@ -59,8 +59,20 @@ ROOMS = {
         },
         {"numpy", "tqdm"},
     ),
+    "confine": (set(), set()),
+    "forkserver": ({"confine"}, set()),
+    "sandbox": ({"forkserver"}, set()),
+    "problems": ({"data.rows"}, set()),
     "eval_perplexity": ({"config", "model", "tokenizer", "device", "shards", "dataloader", "checkpoint"}, {"torch"}),
     "sample": ({"config", "model", "tokenizer", "device", "checkpoint"}, {"torch"}),
+    "pass_at_k": ({"forkserver", "sandbox"}, set()),
+    "eval_humaneval": (
+        {
+            *("config", "atomic", "tokenizer", "model", "device", "checkpoint", "data.rows"),
+            *("sandbox", "problems", "sample", "pass_at_k"),
+        },
+        {"torch", "tqdm"},
+    ),
     "train": (
         {
             "config",

@@ -59,15 +59,38 @@ def test_end_of_text_and_stop_strings_end_a_sample(model, tokenizer, monkeypatch
         pieces = []
         monkeypatch.setattr(sample_module, "generate_tokens", script(steps))
         options = {"max_new_tokens": len(steps), **options}
-        texts = generate(model, tokenizer, "x", on_text=lambda row, text: pieces.append(text), **options)
-        assert "".join(pieces) == texts[0]
-        return texts[0]
+        completion = generate(model, tokenizer, "x", on_text=lambda row, text: pieces.append(text), **options)[0]
+        assert "".join(pieces) == completion.text and completion.raw.startswith(completion.text)
+        return completion
 
-    assert write(ids) == "return x\n\nclass Foo:"
-    assert write([*ids, tokenizer.end_of_text, *ids]) == "return x\n\nclass Foo:"
-    assert write(ids, stop=["\nclass", "Foo"]) == "return x\n"
-    assert write(ids, stop=["nowhere", "\n\nclass B"]) == "return x\n\nclass Foo:"
-    assert write(tokenizer.encode("'🐍'")[:-3]) == "'\ufffd"
+    whole = "return x\n\nclass Foo:"
+    assert write(ids) == (whole, whole, "length")
+    assert write([*ids, tokenizer.end_of_text, *ids]) == (whole, whole, "stop")
+    text, raw, finish = write(ids, stop=["\nclass", "Foo"])
+    assert (text, finish) == ("return x\n", "stop") and raw in whole and "\nclass" in raw
+    assert write(ids, stop=["nowhere", "\n\nclass B"]).text == whole
+    assert write(tokenizer.encode("'🐍'")[:-3]).text == "'\ufffd"
+    assert write(ids, stop_ids=[ids[2]]) == (tokenizer.decode(ids[:2]), tokenizer.decode(ids[:2]), "stop")
+
+
+def test_the_prompt_is_read_once_and_the_samples_differ_from_the_first_token_on(model, tokenizer, monkeypatch):
+    shapes = []
+    decode = GPT.decode
+    monkeypatch.setattr(
+        GPT, "decode", lambda self, tokens, cache: shapes.append(tokens.shape) or decode(self, tokens, cache)
+    )
+    prompt = "x = 1\n" * 5
+    generate(model, tokenizer, prompt, n_samples=50, max_new_tokens=3, temperature=2.0)
+    assert shapes == [(1, len(tokenizer.encode(prompt))), (50, 1), (50, 1)]
+    torch.manual_seed(0)
+    draws = []
+    steps = generate_tokens(
+        model, torch.tensor([tokenizer.encode(prompt)]), lambda logits: draws.append(logits) or logits.argmax(-1), 5
+    )
+    first, second = next(steps), next(steps)
+    assert first.shape == second.shape == (5,) and draws[0].shape == (5, 640)
+    alone = generate_tokens(model, torch.tensor([tokenizer.encode(prompt)] * 5), lambda logits: logits.argmax(-1))
+    assert torch.equal(next(alone), first) and torch.equal(next(alone), second)
 
 
 def test_top_k_and_top_p_keep_what_they_say():
@@ -91,11 +114,9 @@ def test_a_seed_repeats_and_samples_differ(model, tokenizer):
     assert len(set(first)) == 3 and generate(model, tokenizer, "def ", seed=2, **options) != first
 
 
-def test_a_prompt_longer_than_the_context_is_cut_on_the_left_with_a_warning(model, tokenizer, capsys):
+def test_a_prompt_longer_than_the_context_is_cut_on_the_left(model, tokenizer):
     text = "x = 1\n" * 100
-    n = len(tokenizer.encode(text))
     long = generate(model, tokenizer, text, max_new_tokens=5, temperature=0)
-    assert f"warning: the prompt has {n} tokens; the model sees the last 64" in capsys.readouterr().err
     kept = tokenizer.decode(tokenizer.encode(text)[-64:])
     assert generate(model, tokenizer, kept, max_new_tokens=5, temperature=0) == long
 
@@ -109,6 +130,8 @@ def test_the_program_reads_a_prompt_from_anywhere_and_streams(run_config, run_pr
     assert run_program(sample, SampleConfig, *greedy, f"--prompt_file={tmp_path / 'prompt.py'}")[1] == out
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"def f(x):")))
     assert run_program(sample, SampleConfig, *greedy, "--prompt_file=-")[1] == out
+    long = run_program(sample, SampleConfig, *greedy, f"--prompt={'x = 1\n' * 100}")
+    assert "tokens; the model sees the last 32" in long[2] and "warning" not in err
     several = run_program(sample, SampleConfig, *greedy, "--prompt=def f(x):", "--n_samples=2")[1]
     assert several == f"--- sample 1 of 2\n{out}--- sample 2 of 2\n{out}"
 

@@ -1,0 +1,341 @@
+"""A process that runs programs for the sandbox: it forks itself for each, watches it, and says what became of it.
+
+It is started as a script, with its settings as JSON, confines itself, and then reads a program a line. A fork takes two
+milliseconds where a new interpreter takes twenty, and the modules that programs import are there already.
+
+A program passes if its code and then the check ran to their ends. The child says so with a secret of 32 random bytes
+that no name in the process leads to: it is drawn and told to this process before the program starts, then held by the
+arguments of a C function alone, and sent again by that function after the last line of the check. Whoever leaves before
+has not sent it. The check has names of its own, behind them the builtins as they were, and then the program's names.
+"""
+
+import ast
+import builtins
+import collections
+import contextlib
+import functools
+import gc
+import json
+import os
+import re
+import select
+import signal
+import socket
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from confine import Confinement
+
+PASSED, FAILED, TIMED_OUT, OUT_OF_MEMORY, KILLED = OUTCOMES = (
+    *("passed", "failed", "timed out", "out of memory", "killed"),
+)
+# Imported before programs are, because they often do; and put back before the check, if a program changed them.
+COMMON = ("math", "random", "copy", "collections", "functools", "itertools", "operator", "re", "string", "typing")
+ALSO = ("bisect", "cmath", "dataclasses", "datetime", "decimal", "enum", "fractions", "hashlib", "heapq", "statistics")
+REPORT_FD = 3
+FILENAME = "<program>"
+GRACE_S = 1.0  # after a program has passed, for what it printed
+
+
+@dataclass(frozen=True)
+class Limits:
+    timeout_s: float = 3.0  # wall-clock seconds for the whole program, its check included
+    memory_bytes: int = 4 * 2**30  # address space of each process
+    file_bytes: int = 64 * 2**20  # of a file and, in namespaces, of all files
+    processes: int = 64  # processes and threads at once
+    open_files: int = 64
+    output_bytes: int = 2**16  # kept of what it prints; the rest is read and forgotten
+
+
+@dataclass(frozen=True)
+class Result:
+    outcome: str  # one of OUTCOMES
+    error: str | None = None  # the exception's type, or the signal or status that ended it
+    line: int | None = None  # of program and check as one text, where the exception was raised
+    message: str = ""  # the exception's
+    output: str = ""  # stdout and stderr, together
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        return self.outcome == PASSED
+
+    @property
+    def detail(self) -> str:
+        """What was wrong, on one line: `line 7: IndexError: list index out of range`."""
+        where = f"line {self.line}: " if self.line else ""
+        return " ".join((where + ": ".join(filter(None, (self.error, self.message)))).split())
+
+
+def _serve(settings: dict[str, Any]) -> None:
+    """Run programs from standard input, one JSON line each, until it ends; answer on standard output."""
+    sys.path.pop(0)  # the folder of this file is not for programs
+    limits = Limits(**settings["limits"])
+    confinement = Confinement(limits.file_bytes, settings["without"])
+    for name in settings["preload"]:
+        with contextlib.suppress(ImportError):  # a program that imports it will say so
+            __import__(name)
+    wake, woken = os.pipe()
+    for fd in (wake, woken):
+        os.set_blocking(fd, False)
+    signal.set_wakeup_fd(woken)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.collect()
+    gc.freeze()  # so that a child's collections do not copy what it shares with this process
+    _write_line({"missing": confinement.missing})
+    inbox: list[bytes] = []  # emptied by the child too: no frame there holds the check's text
+    while _read_request(inbox):
+        _write_line(asdict(_attend(inbox, confinement, limits, wake)))
+
+
+def _read_request(inbox: list[bytes]) -> bool:
+    inbox.clear()
+    while not (inbox and inbox[-1].endswith(b"\n")):
+        piece = os.read(0, 2**20)
+        if not piece:
+            return False
+        inbox.append(piece)
+    return True
+
+
+def _write_line(message: dict[str, Any]) -> None:
+    data = json.dumps(message).encode() + b"\n"
+    while data:
+        data = data[os.write(1, data) :]
+
+
+def _attend(inbox: list[bytes], confinement: Confinement, limits: Limits, wake: int) -> Result:
+    """Fork, run the program of `inbox` in the child, watch it, and leave nothing of it."""
+    directory = confinement.begin()
+    ours, theirs = socket.socketpair()  # unlike a pipe, it cannot be opened for reading through /proc
+    output, output_end = os.pipe()
+    t0 = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        _be_program(inbox, directory, theirs.fileno(), output_end, confinement, limits)
+    theirs.close()
+    os.close(output_end)
+    try:
+        said, printed, status = _watch(pid, ours, output, wake, t0 + limits.timeout_s, limits.output_bytes)
+    finally:
+        confinement.end(pid, directory)
+        ours.close()
+        os.close(output)
+    result = _verdict(said, status)
+    return Result(**{**result, "output": printed.decode("utf-8", "replace"), "seconds": time.monotonic() - t0})
+
+
+def _watch(
+    pid: int, report: socket.socket, output: int, wake: int, deadline: float, output_bytes: int
+) -> tuple[bytes, bytes, int | None]:
+    """Read what the program reports and prints until it ends, or passes and had time to end, or its time is up. Returns
+    both and its exit status, None if it was still running."""
+    said, printed, status = b"", b"", None
+    poll = select.poll()
+    for fd in (report.fileno(), output, wake):
+        poll.register(fd, select.POLLIN)
+    poll.register(0, 0)  # tells when the parent has gone
+    while True:
+        ended = status is not None
+        events = dict(poll.poll(0 if ended else max(0.0, deadline - time.monotonic()) * 1000))
+        if 0 in events:
+            os._exit(0)
+        if wake in events:
+            os.read(wake, 4096)
+        if report.fileno() in events:
+            piece = report.recv(2**16)
+            if not piece or len(said) > 2**16:
+                poll.unregister(report.fileno())
+            said += piece
+            if _has_passed(said):
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+        if output in events:
+            piece = os.read(output, 2**16)
+            if not piece:
+                poll.unregister(output)
+            printed += piece[: output_bytes - len(printed)]
+        if ended and not events.keys() & {output, report.fileno()}:
+            break
+        if not ended:
+            if time.monotonic() >= deadline:
+                break
+            found, code = os.waitpid(pid, os.WNOHANG)
+            status = code if found else None
+    return said, printed, status
+
+
+def _has_passed(said: bytes) -> bool:
+    """The secret, and once more."""
+    return len(said) >= 64 and said[:32] == said[32:64]
+
+
+def _verdict(said: bytes, status: int | None) -> dict[str, Any]:
+    """Outcome, error, line and message from what the process reported and how it ended."""
+    if _has_passed(said):
+        return {"outcome": PASSED}
+    if len(said) < 32:
+        return {"outcome": KILLED, "error": "sandbox", "message": said.decode("utf-8", "replace")}
+    if len(said) > 32:
+        try:
+            report = json.loads(said[32:])
+            found = {
+                "error": str(report["error"])[:200],
+                "line": report["line"],
+                "message": str(report["message"])[:2000],
+            }
+            if found["line"] is None or isinstance(found["line"], int):
+                return {"outcome": OUT_OF_MEMORY if found["error"] == "MemoryError" else FAILED, **found}
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+        return {"outcome": FAILED, "error": "report", "message": "wrote to the judge's channel"}
+    if status is None:
+        return {"outcome": TIMED_OUT}
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        name = signal.Signals(-code).name if -code in {*signal.Signals} else f"signal {-code}"
+        return {"outcome": TIMED_OUT if name == "SIGXCPU" else KILLED, "error": name}
+    return {"outcome": FAILED, "error": "exit", "message": f"left with status {code} before the end of the check"}
+
+
+def _be_program(
+    inbox: list[bytes], directory: str, report_fd: int, output_fd: int, confinement: Confinement, limits: Limits
+) -> None:
+    """In the child: run the program and its check; never returns."""
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.setsid()
+        report_fd = os.dup(report_fd) if report_fd < REPORT_FD else report_fd
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for fd, place in ((nothing, 0), (output_fd, 1), (output_fd, 2), (report_fd, REPORT_FD)):
+            if fd != place:
+                os.dup2(fd, place)
+        os.closerange(REPORT_FD + 1, os.sysconf("SC_OPEN_MAX"))
+        os.chdir(directory)
+        os.environ |= {"HOME": directory, "TMPDIR": directory}
+        tempfile.tempdir = None
+        _limit_resources(limits)
+        confinement.enter(directory)
+        for fd, name in enumerate(("stdin", "stdout", "stderr")):
+            stream = open(fd, "w" if fd else "r", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+        sys.argv = [FILENAME]
+        sys.addaudithook(_audit)
+        # A row of C functions, called by C: neither the secret nor the last of them is in any frame's names.
+        pid = os.getpid()
+        collections.deque(map(functools.partial.__call__, _steps(inbox)), maxlen=0)
+    except BaseException as error:
+        try:
+            if os.getpid() == pid:  # not a process that the program forked
+                _report_failure(error)
+        finally:
+            os._exit(1)
+    finally:
+        os._exit(1)
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    """Refuse to list all objects, and foreign functions and memory: the ways to a secret that has no name. ctypes can
+    still be imported, as numpy does."""
+    if event in ("gc.get_objects", "gc.get_referrers", "gc.get_referents"):
+        raise ValueError("not for programs that are judged")
+    if event in ("ctypes.dlsym", "ctypes.string_at", "ctypes.wstring_at", "ctypes.addressof", "ctypes.call_function"):
+        raise ValueError("not for programs that are judged")
+    if event in ("ctypes.cdata", "ctypes.cdata/buffer") or (event == "ctypes.dlopen" and arguments[0] is not None):
+        raise ValueError("not for programs that are judged")
+
+
+def _steps(inbox: list[bytes]) -> list[Callable[[], object]]:
+    """What to call, in order: the program, its check with names of its own, the report that both came to their ends."""
+    program, check, entry_point = json.loads(b"".join(inbox))
+    inbox.clear()
+    secret = os.urandom(32)
+    os.write(REPORT_FD, secret)
+    code = compile(program + "\n\n", FILENAME, "exec", dont_inherit=True)  # it may end in a backslash
+    place = "\n" * (program.count("\n") + (not program.endswith("\n")))
+    check_code = compile(place + check, FILENAME, "exec", dont_inherit=True)
+    imports_code = compile(_imports(check), FILENAME, "exec", dont_inherit=True)
+    module = types.ModuleType("program")
+    sys.modules["program"] = module
+    names, call = module.__dict__, functools.partial
+    behind = _Behind(builtins.__dict__, names)
+    behind.pop(entry_point, None)
+    modules = {name: sys.modules[name] for name in COMMON}
+    return [
+        call(exec, code, names),
+        call(sys.modules.update, modules),
+        *(call(module.__dict__.update, dict(module.__dict__)) for module in modules.values()),
+        call(exec, imports_code, names),  # as in one text, the program may use what the check imports
+        call(exec, check_code, {"__builtins__": behind}),
+        call(os.write, REPORT_FD, secret),
+        *map(call, (sys.stdout.flush, sys.stderr.flush)),
+        call(os._exit, 0),
+    ]
+
+
+class _Behind(dict):
+    """What a check finds behind its own names: the builtins as they are now, then the program's names as they will
+    be."""
+
+    def __init__(self, builtins: dict[str, Any], names: dict[str, Any]):
+        super().__init__(builtins)
+        self.names = names
+
+    def __missing__(self, name: str) -> Any:
+        return self.names[name]
+
+
+def _imports(check: str) -> ast.Module:
+    """The imports among its statements."""
+    body = ast.parse(check).body if re.search(r"^(import|from)\b", check, re.MULTILINE) else []
+    return ast.Module([node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
+
+
+def _limit_resources(limits: Limits) -> None:
+    import resource  # POSIX only
+
+    cpu_s = int(limits.timeout_s) + 2
+    for name, value in {
+        "RLIMIT_CPU": cpu_s,
+        "RLIMIT_AS": limits.memory_bytes,
+        "RLIMIT_FSIZE": limits.file_bytes,
+        "RLIMIT_NOFILE": limits.open_files,
+        "RLIMIT_NPROC": limits.processes,
+        "RLIMIT_CORE": 0,
+    }.items():
+        try:
+            hard = resource.getrlimit(getattr(resource, name))[1]
+            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            resource.setrlimit(getattr(resource, name), (value, value))
+        except (OSError, ValueError, AttributeError):
+            pass  # macOS has no limit on address space
+
+
+def _report_failure(error: BaseException) -> None:
+    """Tell the exception's type, the line of the program where it came up, and its message."""
+    line = error.lineno if isinstance(error, SyntaxError) else None
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == FILENAME:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    try:
+        message = str(error)[:2000]
+    except Exception:
+        message = ""
+    report = {"error": type(error).__name__, "line": line, "message": message}
+    os.write(REPORT_FD, json.dumps(report).encode())
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+
+
+if __name__ == "__main__":
+    _serve(json.loads(sys.argv[1]))
