@@ -130,7 +130,7 @@ def test_the_program_reads_a_prompt_from_anywhere_and_streams(run_config, run_pr
     assert run_program(sample, SampleConfig, *greedy, f"--prompt_file={tmp_path / 'prompt.py'}")[1] == out
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"def f(x):")))
     assert run_program(sample, SampleConfig, *greedy, "--prompt_file=-")[1] == out
-    long = run_program(sample, SampleConfig, *greedy, f"--prompt={'x = 1\n' * 100}")
+    long = run_program(sample, SampleConfig, *greedy, "--prompt=" + "x = 1\n" * 100)
     assert "tokens; the model sees the last 32" in long[2] and "warning" not in err
     several = run_program(sample, SampleConfig, *greedy, "--prompt=def f(x):", "--n_samples=2")[1]
     assert several == f"--- sample 1 of 2\n{out}--- sample 2 of 2\n{out}"
