@@ -1,23 +1,33 @@
-"""Loss, perplexity and bits per byte of a trained model on held-out shards.
+"""Loss, perplexity and bits per byte of a trained model on held-out text, overall and by language.
 
-    python eval_perplexity.py --out_dir=out/tiny
-    python eval_perplexity.py --out_dir=out/tiny --dataset=other --max_tokens=1_000_000
+    python eval_perplexity.py --out_dir=out/tiny                              # shards, in blocks, as training does it
+    python eval_perplexity.py --out_dir=out/tiny --stride=128                 # their documents, in sliding windows
+    python eval_perplexity.py --out_dir=out/tiny --files='src/**/*.py'        # files
+    python eval_perplexity.py --out_dir=out/tiny --compare=models/gpt2 --files='src/**/*.py'   # beside another model
 
-Bits per byte, total nats / ln 2 / bytes of the text, is the figure that compares models with different tokenizers.
+Bits per byte, total nats / ln 2 / bytes of the text, compares models with different tokenizers; so does perplexity per
+Pygments token, PolyCoder's measure (pip install pygments). scoring.py says how documents are scored.
 """
 
+import glob
 import math
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from checkpoint import latest_run, load
 from config import run_stage
+from data.documents import fraction, language_of
 from dataloader import Loader
 from device import autocast, resolve_device, resolve_dtype
 from model import GPT, IGNORE
-from shards import SPLITS, TokenStream, open_shards
+from scoring import Scored, load_scorer, score_documents
+from shards import SPLITS, Shards, TokenStream, open_shards
 from tokenizer import Tokenizer
 
 
@@ -25,9 +35,12 @@ from tokenizer import Tokenizer
 class EvalConfig:
     out_dir: str | None = None  # folder of the run, or a .pt file; None takes the latest run under out/
     checkpoint: str = "last"  # last, or best: the lowest validation loss
+    compare: str | None = None  # another run, or a folder of a Hugging Face model, scored on the same text
     dataset: str | None = None  # shards to score, a folder under data/shards or a path; None takes the run's own
     split: str = "val"  # val or train
-    max_tokens: int | None = None  # score a seeded choice of blocks of about this many tokens; None scores all
+    files: str | None = None  # score these files instead: patterns such as 'src/**/*.py', joined by ;
+    stride: int | None = None  # score documents in windows that move on by this many tokens; None: shards in blocks
+    max_tokens: int | None = None  # score a fixed choice of about this many tokens; None scores all
     batch_size: int = 16  # sequences at once
     device: str | None = None  # cuda, mps or cpu; None takes the best there is
     dtype: str | None = None  # of the matrix products: float32, bfloat16, float16; None takes the device's native one
@@ -35,9 +48,11 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
             raise ValueError(f"--split={self.split}: not one of {', '.join(SPLITS)}")
-        for name in ("batch_size", "max_tokens"):
+        for name in ("batch_size", "max_tokens", "stride"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.files is not None and self.dataset is not None:
+            raise ValueError("--files and --dataset name different texts; give one of them")
 
 
 @torch.no_grad()
@@ -73,42 +88,139 @@ def evaluate_loss(
         n_tokens += len(counted)
         n_bytes += int(bytes_per_id[counted].sum())
     model.train(training)
-    loss = nats / n_tokens
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else math.inf,
-        "tokens": n_tokens,
-        "bytes": n_bytes,
-    }
+    return Scored(nats, n_tokens, n_bytes).figures()
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
-    """Load the run, score the split, print the figures and return them."""
+    """Score one or two models, print the table and return the figures: of one model, or by model, and by language."""
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     out_dir = config.out_dir or latest_run()
+    if config.files is None and config.stride is None and config.compare is None:
+        return _evaluate_blocks(config, out_dir, device, dtype)
+    scorers = [load_scorer(name, config.checkpoint, device, dtype) for name in (out_dir, config.compare) if name]
+    stride = config.stride or min(scorer.context for scorer in scorers) // 2 or 1
+    for scorer in scorers:
+        if stride > scorer.context:
+            raise ValueError(f"--stride={stride}: beyond the context of {scorer.name}, {scorer.context}; lower it")
+        documents = _documents(config, out_dir)
+        score_documents(scorer, documents, stride, config.batch_size)
+        if not scorer.totals:
+            raise ValueError(
+                f"{config.files or 'the shards'}: no document to score; raise --max_tokens, or give others"
+            )
+    figures: dict[str, Any] = {}
+    for scorer in scorers:
+        overall = Scored()
+        for total in scorer.totals.values():
+            overall.add(total)
+        by_language = {language: scorer.totals[language].figures() for language in sorted(scorer.totals)}
+        figures[scorer.name] = {**overall.figures(), "context": scorer.context, "stride": stride}
+        figures[scorer.name]["languages"] = by_language
+    contexts = ", ".join(f"{scorer.name} sees {scorer.context} tokens" for scorer in scorers)
+    print(
+        f"documents of {config.files or config.dataset or 'the shards'} in windows that move on by {stride}; {contexts}"
+    )
+    print(table(figures))
+    return figures if config.compare else figures[scorers[0].name]
+
+
+def _evaluate_blocks(config: EvalConfig, out_dir: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     model, tokenizer, payload = load(out_dir, device, config.checkpoint)
     shards = open_shards(config.dataset or payload["config"]["dataset"])
-    if shards.meta["tokenizer_sha256"] != payload["tokenizer_sha256"]:
-        raise ValueError(
-            f"{shards.path}: tokenized with another tokenizer than {out_dir} was trained with; prepare the text "
-            "again with the run's own, or score another --dataset"
-        )
-    figures = evaluate_loss(
-        model,
-        shards.split(config.split),
-        tokenizer,
-        batch_size=config.batch_size,
-        dtype=dtype,
-        max_tokens=config.max_tokens,
-    )
+    _require_tokenizer(shards, payload, out_dir)
+    limits = {"batch_size": config.batch_size, "dtype": dtype, "max_tokens": config.max_tokens}
+    figures = evaluate_loss(model, shards.split(config.split), tokenizer, **limits)
     print(
         f"{out_dir} at step {payload['step']} on {shards.path}/{config.split}: "
         f"loss {figures['loss']:.4f} nats/token, perplexity {figures['perplexity']:.3f}, "
         f"{figures['bits_per_byte']:.4f} bits per byte ({figures['tokens']:,} tokens, {figures['bytes']:,} bytes)"
     )
+    languages = sorted({entry["language"] for entry in shards.entries[config.split] if "language" in entry})
+    if len(languages) > 1:
+        figures["languages"] = {}
+        for language in languages:
+            stream = shards.split(config.split, language)
+            if len(stream) > model.config.block_size:
+                figures["languages"][language] = evaluate_loss(model, stream, tokenizer, **limits)
+        print(table({out_dir: figures}))
     return figures
+
+
+def _documents(config: EvalConfig, out_dir: str) -> Iterator[tuple[str, str]]:
+    """Language and text of the documents to score; with `max_tokens` a fixed choice of them, of about four times as
+    many bytes."""
+    n_bytes, documents = _files(config.files) if config.files is not None else _of_shards(config, out_dir)
+    share = 1.0 if config.max_tokens is None else 4 * config.max_tokens / max(1, n_bytes)
+    return ((language, text) for language, text in documents if share >= 1 or fraction(text) < share)
+
+
+def _files(patterns: str) -> tuple[int, Iterator[tuple[str, str]]]:
+    """How many bytes the files have, and language and text of each."""
+    found = {path for pattern in patterns.split(";") for path in glob.glob(pattern.strip(), recursive=True)}
+    paths = [path for path in sorted(map(Path, found)) if path.is_file()]
+    if not paths:
+        raise ValueError(f"--files={patterns}: no such files; give patterns such as 'src/**/*.py'")
+
+    def read() -> Iterator[tuple[str, str]]:
+        for path in paths:
+            try:
+                text = path.read_bytes().decode("utf-8")
+            except UnicodeDecodeError:
+                print(f"warning: {path}: not UTF-8 text; left out", file=sys.stderr)
+                continue
+            if text:
+                yield language_of(str(path)) or "other", text
+
+    return sum(path.stat().st_size for path in paths), read()
+
+
+def _of_shards(config: EvalConfig, out_dir: str) -> tuple[int, Iterator[tuple[str, str]]]:
+    """About how many bytes a split has, and language and text of each of its documents."""
+    _, tokenizer, payload = load(out_dir, torch.device("cpu"), config.checkpoint)
+    shards = open_shards(config.dataset or payload["config"]["dataset"])
+    _require_tokenizer(shards, payload, out_dir)
+    languages = sorted({entry.get("language") or "" for entry in shards.entries[config.split]})
+    streams = {language: shards.split(config.split, language or None) for language in languages}
+
+    def read() -> Iterator[tuple[str, str]]:
+        for language, stream in streams.items():
+            rest = np.empty(0, dtype=np.int64)
+            for start in range(0, len(stream), 2**20):
+                tokens = np.concatenate([rest, stream.read(start, min(2**20, len(stream) - start))])
+                *documents, rest = np.split(tokens, np.flatnonzero(tokens == tokenizer.end_of_text) + 1)
+                for document in documents:
+                    if text := tokenizer.decode(document[:-1].tolist()):
+                        yield language or "other", text
+
+    return 4 * sum(map(len, streams.values())), read()
+
+
+def _require_tokenizer(shards: Shards, payload: dict[str, Any], out_dir: str) -> None:
+    if shards.meta["tokenizer_sha256"] != payload["tokenizer_sha256"]:
+        raise ValueError(
+            f"{shards.path}: tokenized with another tokenizer than {out_dir} was trained with; prepare the text "
+            "again with the run's own, or score another --dataset"
+        )
+
+
+def table(figures: dict[str, dict[str, Any]]) -> str:
+    """Models side by side: a row a language, and one for all."""
+    width = max(map(len, figures))
+    heads = ("loss", "perplexity", "bits/byte", "per Pygments token", "tokens", "bytes")
+    lines = [f"{'language':16} {'model':{width}} " + " ".join(f"{head:>{max(10, len(head))}}" for head in heads)]
+    for language in [*sorted({name for f in figures.values() for name in f["languages"]}), "all"]:
+        for model, all_figures in figures.items():
+            f = all_figures if language == "all" else all_figures["languages"].get(language)
+            if f is None:
+                continue
+            lexed = f.get("perplexity_per_pygments_token")
+            lines.append(
+                f"{language:16} {model:{width}} {f['loss']:10.4f} {f['perplexity']:10.3f} {f['bits_per_byte']:10.4f} "
+                + (f"{lexed:18.3f}" if lexed else f"{'-':>18}")
+                + f" {f['tokens']:10,} {f['bytes']:10,}"
+            )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,14 @@ ROOMS = {
     "forkserver": ({"confine"}, set()),
     "sandbox": ({"forkserver"}, set()),
     "problems": ({"data.rows"}, set()),
-    "eval_perplexity": ({"config", "model", "tokenizer", "device", "shards", "dataloader", "checkpoint"}, {"torch"}),
+    "scoring": ({"model", "device", "checkpoint"}, {"torch"}),
+    "eval_perplexity": (
+        {
+            *("config", "model", "tokenizer", "device", "shards", "dataloader", "checkpoint", "scoring"),
+            "data.documents",
+        },
+        {"numpy", "torch"},
+    ),
     "sample": ({"config", "model", "tokenizer", "device", "checkpoint"}, {"torch"}),
     "pass_at_k": ({"forkserver", "sandbox"}, set()),
     "eval_humaneval": (

@@ -1,9 +1,11 @@
 import math
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from config import load_config
 from eval_perplexity import EvalConfig, evaluate, evaluate_loss
 from model import GPT, GPTConfig
 from tokenizer import load_tokenizer
@@ -39,3 +41,28 @@ def test_the_program_scores_a_run_as_training_did(run_config, run_program):
     assert code == 0 and f"loss {trained['val_loss']:.4f} nats/token" in out
     for wrong in ("--split=test", "--batch_size=0", "--dataset=missing"):
         assert run_program(evaluate, EvalConfig, *arguments, wrong)[0] == 2
+
+
+def test_documents_of_shards_and_of_files_by_language_beside_another_run(run_config, run_program, tmp_path, capsys):
+    train(run_config)
+    arguments = (f"--out_dir={run_config.out_dir}", "--dtype=float32", "--batch_size=4")
+    figures = evaluate(load_config(EvalConfig, [*arguments, "--stride=16", "--max_tokens=20_000"]))
+    assert 500 < figures["tokens"] < 80_000 and figures["context"] == 32
+    sources = tmp_path / "src"
+    sources.mkdir()
+    (sources / "a.py").write_text("def f(x):\n    return x\n")
+    (sources / "b.go").write_text("package main\n")
+    (sources / "c.py").write_bytes(b"\xff\xfe")
+    files = f"--files={sources}/*.py; {sources}/*.go"
+    other = tmp_path / "other"
+    shutil.copytree(run_config.out_dir, other)
+    capsys.readouterr()
+    figures = evaluate(load_config(EvalConfig, [*arguments, files, f"--compare={other}"]))
+    out, err = capsys.readouterr()
+    assert figures[run_config.out_dir]["loss"] == figures[str(other)]["loss"]
+    assert list(figures[str(other)]["languages"]) == ["Go", "Python"] and figures[str(other)]["bytes"] == 36
+    assert len([line for line in out.splitlines() if line.startswith("Go ")]) == 2
+    assert "c.py: not UTF-8 text; left out" in err
+    for wrong in ("--files=missing/*.py", "--stride=33", "--stride=0", "--compare=missing", f"{files} --dataset=x"):
+        code, _, err = run_program(evaluate, EvalConfig, *arguments, files, *wrong.split(" --"))
+        assert code == 2 and err.count("error: ") == 1, wrong
