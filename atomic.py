@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -30,3 +30,9 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` as JSON, whole or not at all."""
     with atomic_write(path) as file:
         json.dump(value, file, indent=1)
+
+
+def write_json_lines(path: Path, values: Iterable[Any]) -> None:
+    """Write `values` to `path` as JSON, one a line, whole or not at all."""
+    with atomic_write(path) as file:
+        file.writelines(json.dumps(value) + "\n" for value in values)

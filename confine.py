@@ -100,6 +100,8 @@ class Confinement:
             "the kernel answers all its calls" if self.namespaces else "it has the network, and may outlive its end"
         )
         self.seccomp = has("seccomp", consequence, lambda: _seccomp(alone=not self.namespaces))
+        if self.seccomp and self.namespaces:
+            _filter(None)  # made once for all children
 
     def begin(self) -> str:
         """An empty directory for a program to run in."""
@@ -281,6 +283,17 @@ def _landlock(directory: str) -> None:
 def _seccomp(alone: bool) -> None:
     """Refuse the system calls of DENIED to this process and, if it is to be `alone`, new processes and signals to
     others."""
+    code = _filter(os.getpid() if alone else None)
+    buffer = ctypes.create_string_buffer(code)
+    program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(buffer))
+    _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    _call("prctl", PR_SET_SECCOMP, 2, program, 0, 0)
+
+
+@functools.cache
+def _filter(pid: int | None) -> bytes:
+    """The BPF program of a filter, for the process `pid` if it is to be alone."""
+    alone = pid is not None
     machine = platform.machine()
     if machine not in AUDIT_ARCH:
         raise OSError(errno.ENOSYS, f"no filter for {machine}")
@@ -301,16 +314,12 @@ def _seccomp(alone: bool) -> None:
     if alone:
         unless("clone", (any_bit, 0, 1, CLONE_THREAD), (give, 0, 0, allow))
         for name in ("kill", "tgkill"):
-            unless(name, (equal, 0, 1, os.getpid()), (give, 0, 0, allow))
+            unless(name, (equal, 0, 1, pid), (give, 0, 0, allow))
     else:
         unless("clone", (any_bit, 1, 0, ALL_NAMESPACES), (give, 0, 0, allow))
     unless("prlimit64", (equal, 0, 1, 0), (give, 0, 0, allow))
     code.append((give, 0, 0, allow))
-    packed = b"".join(struct.pack("HBBI", *instruction) for instruction in code)
-    buffer = ctypes.create_string_buffer(packed)
-    program = struct.pack("HxxxxxxP", len(code), ctypes.addressof(buffer))
-    _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    _call("prctl", PR_SET_SECCOMP, 2, program, 0, 0)
+    return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
 
 
 def _number(call: str) -> int | None:

@@ -34,9 +34,11 @@ from confine import Confinement
 PASSED, FAILED, TIMED_OUT, OUT_OF_MEMORY, KILLED = OUTCOMES = (
     *("passed", "failed", "timed out", "out of memory", "killed"),
 )
-# Imported before programs are, because they often do; and put back before the check, if a program changed them.
-COMMON = ("math", "random", "copy", "collections", "functools", "itertools", "operator", "re", "string", "typing")
-ALSO = ("bisect", "cmath", "dataclasses", "datetime", "decimal", "enum", "fractions", "hashlib", "heapq", "statistics")
+# Imported before programs run, because they often import them. What a check names of these is put back before it runs.
+COMMON = (
+    *("bisect", "collections", "copy", "datetime", "functools", "heapq", "itertools", "math", "operator", "random"),
+    *("re", "string", "typing"),
+)
 REPORT_FD = 3
 FILENAME = "<program>"
 GRACE_S = 1.0  # after a program has passed, for what it printed
@@ -80,18 +82,21 @@ def _serve(settings: dict[str, Any]) -> None:
     for name in settings["preload"]:
         with contextlib.suppress(ImportError):  # a program that imports it will say so
             __import__(name)
+    import resource  # noqa: F401 (POSIX only; here once for all children)
+
     wake, woken = os.pipe()
     for fd in (wake, woken):
         os.set_blocking(fd, False)
     signal.set_wakeup_fd(woken)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    behind = _Behind(builtins.__dict__)
     gc.collect()
     gc.freeze()  # so that a child's collections do not copy what it shares with this process
     _write_line({"missing": confinement.missing})
     inbox: list[bytes] = []  # emptied by the child too: no frame there holds the check's text
     while _read_request(inbox):
-        _write_line(asdict(_attend(inbox, confinement, limits, wake)))
+        _write_line(asdict(_attend(inbox, behind, confinement, limits, wake)))
 
 
 def _read_request(inbox: list[bytes]) -> bool:
@@ -110,7 +115,7 @@ def _write_line(message: dict[str, Any]) -> None:
         data = data[os.write(1, data) :]
 
 
-def _attend(inbox: list[bytes], confinement: Confinement, limits: Limits, wake: int) -> Result:
+def _attend(inbox: list[bytes], behind: "_Behind", confinement: Confinement, limits: Limits, wake: int) -> Result:
     """Fork, run the program of `inbox` in the child, watch it, and leave nothing of it."""
     directory = confinement.begin()
     ours, theirs = socket.socketpair()  # unlike a pipe, it cannot be opened for reading through /proc
@@ -118,7 +123,7 @@ def _attend(inbox: list[bytes], confinement: Confinement, limits: Limits, wake: 
     t0 = time.monotonic()
     pid = os.fork()
     if pid == 0:
-        _be_program(inbox, directory, theirs.fileno(), output_end, confinement, limits)
+        _be_program(inbox, behind, directory, theirs.fileno(), output_end, confinement, limits)
     theirs.close()
     os.close(output_end)
     try:
@@ -204,7 +209,13 @@ def _verdict(said: bytes, status: int | None) -> dict[str, Any]:
 
 
 def _be_program(
-    inbox: list[bytes], directory: str, report_fd: int, output_fd: int, confinement: Confinement, limits: Limits
+    inbox: list[bytes],
+    behind: "_Behind",
+    directory: str,
+    report_fd: int,
+    output_fd: int,
+    confinement: Confinement,
+    limits: Limits,
 ) -> None:
     """In the child: run the program and its check; never returns."""
     try:
@@ -231,7 +242,7 @@ def _be_program(
         sys.addaudithook(_audit)
         # A row of C functions, called by C: neither the secret nor the last of them is in any frame's names.
         pid = os.getpid()
-        collections.deque(map(functools.partial.__call__, _steps(inbox)), maxlen=0)
+        collections.deque(map(functools.partial.__call__, _steps(inbox, behind)), maxlen=0)
     except BaseException as error:
         try:
             if os.getpid() == pid:  # not a process that the program forked
@@ -253,7 +264,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         raise ValueError("not for programs that are judged")
 
 
-def _steps(inbox: list[bytes]) -> list[Callable[[], object]]:
+def _steps(inbox: list[bytes], behind: "_Behind") -> list[Callable[[], object]]:
     """What to call, in order: the program, its check with names of its own, the report that both came to their ends."""
     program, check, entry_point = json.loads(b"".join(inbox))
     inbox.clear()
@@ -266,9 +277,9 @@ def _steps(inbox: list[bytes]) -> list[Callable[[], object]]:
     module = types.ModuleType("program")
     sys.modules["program"] = module
     names, call = module.__dict__, functools.partial
-    behind = _Behind(builtins.__dict__, names)
+    behind.names = names
     behind.pop(entry_point, None)
-    modules = {name: sys.modules[name] for name in COMMON}
+    modules = {name: sys.modules[name] for name in COMMON if re.search(rf"\b{name}\b", check)}
     return [
         call(exec, code, names),
         call(sys.modules.update, modules),
@@ -285,9 +296,7 @@ class _Behind(dict):
     """What a check finds behind its own names: the builtins as they are now, then the program's names as they will
     be."""
 
-    def __init__(self, builtins: dict[str, Any], names: dict[str, Any]):
-        super().__init__(builtins)
-        self.names = names
+    names: dict[str, Any]
 
     def __missing__(self, name: str) -> Any:
         return self.names[name]

@@ -8,6 +8,7 @@ Synthesis with Large Language Models" (MBPP), 2021; Liu et al., "Is Your Code Ge
 """
 
 import ast
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +52,21 @@ def load_problems(name: str) -> list[Problem]:
     return problems
 
 
+def read_stops(text: str | None) -> list[str]:
+    """The stop strings of a setting: a text, with \\n and \\t for newline and tab, or a JSON list of texts."""
+    if text is None:
+        return []
+    try:
+        stops = json.loads(text, strict=False) if text.startswith("[") else None
+    except ValueError:
+        stops = None  # a text that happens to begin with a bracket
+    if not isinstance(stops, list):
+        stops = [text.replace("\\n", "\n").replace("\\t", "\t")]
+    if not stops or not all(isinstance(stop, str) and stop for stop in stops):
+        raise ValueError(f"--stop={text}: wants a text, or a JSON list of texts, none of them empty")
+    return stops
+
+
 def _from_hub(name: str) -> list[dict[str, Any]]:
     dataset, configuration, split = HUB[name]
     remedy = f"connect once, or give the file with --problems=PATH (hf download {dataset} --repo-type dataset)"
@@ -67,7 +83,7 @@ def _from_hub(name: str) -> list[dict[str, Any]]:
 def _problem(row: dict[str, Any], where: str) -> Problem:
     if "entry_point" in row:
         prompt, test, entry_point = (_text(row, key, where) for key in ("prompt", "test", "entry_point"))
-        solution = row.get("canonical_solution")
+        solution = row.get("canonical_solution") or None
         check = f"\n{test}\ncheck({entry_point})"
         return Problem(str(row["task_id"]), prompt, check, entry_point, solution, FUNCTION_STOPS)
     text = _text(row, "text" if "text" in row else "prompt", where)

@@ -2,6 +2,7 @@
 
     python sample.py --out_dir=out/tiny --prompt="def fib(n):"
     echo "import os" | python sample.py --prompt_file=- --n_samples=3 --temperature=0.2 --stop='\\ndef'
+    python sample.py --prompt_file=task.py --n_samples=20 --verify=doctest    # the first that its doctests find right
 
 Past the end of the context the window moves on by half a context at a time: the token after n tokens is predicted from
 those from place s = window_start(n, block_size) on, at positions that count from 0 at s. The cache is refilled at each
@@ -9,7 +10,7 @@ move, on average one more token of work for each token sampled, and what is samp
 the same windows would give.
 """
 
-import json
+import doctest
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,17 @@ from checkpoint import latest_run, load
 from config import run_stage
 from device import DTYPES, resolve_device
 from model import GPT, KVCache
+from problems import FUNCTION_STOPS, read_stops
+from sandbox import Sandbox
 from tokenizer import StreamDecoder, Tokenizer
+
+# All examples of the prompt must be there still: a completion may define the function anew, without its docstring.
+DOCTESTS = """
+import doctest, sys
+done = doctest.testmod(sys.modules["program"])
+assert done.attempted >= {}, f"only {{done.attempted}} doctests are left"
+assert not done.failed, f"{{done.failed}} of {{done.attempted}} doctests fail"
+"""
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,8 @@ class SampleConfig:
     top_k: int | None = None  # sample among the k likeliest tokens only
     top_p: float | None = 0.95  # sample among the likeliest tokens that make up this probability
     stop: str | None = None  # text to stop before, \n for a newline; several as a JSON list: '["\ndef", "\nclass"]'
+    verify: str | None = None  # doctest: run the prompt's doctests on each completion, and print the first that passes
+    tests: str | None = None  # a file of assertions to run on each completion, instead of doctests
     seed: int = 0  # of the random draws
     device: str | None = None  # cuda, mps or cpu; None takes the best there is
     dtype: str = "float32"  # of weights and cache: float32, bfloat16, float16
@@ -54,6 +67,8 @@ class SampleConfig:
             raise ValueError(f"--top_p={self.top_p}: must be above 0 and at most 1, or None")
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype={self.dtype}: not one of {', '.join(DTYPES)}")
+        if self.verify not in (None, "doctest"):
+            raise ValueError(f"--verify={self.verify}: wants doctest; assertions are given with --tests=FILE")
 
 
 class Completion(NamedTuple):
@@ -192,6 +207,9 @@ class _Row:
 def sample(config: SampleConfig) -> list[Completion]:
     """Load the run, print `n_samples` completions of the prompt, one alone as it is written, and return them."""
     prompt, stop = _read_prompt(config), read_stops(config.stop)
+    check = _read_check(config, prompt)
+    if check is not None and config.stop is None:
+        stop = list(FUNCTION_STOPS)
     device = resolve_device(config.device)
     out_dir = config.out_dir or latest_run()
     model, tokenizer, payload = load(out_dir, device, config.checkpoint)
@@ -200,7 +218,7 @@ def sample(config: SampleConfig) -> list[Completion]:
     n_tokens, context = len(tokenizer.encode(prompt)), model.config.block_size
     if n_tokens > context:
         print(f"warning: the prompt has {n_tokens} tokens; the model sees the last {context}", file=sys.stderr)
-    streaming = config.n_samples == 1
+    streaming = config.n_samples == 1 and check is None
     if streaming:
         print(prompt, end="", flush=True)
     completions = generate(
@@ -218,10 +236,37 @@ def sample(config: SampleConfig) -> list[Completion]:
     )
     if streaming:
         print()
+    elif check is not None:
+        _print_verified(prompt, completions, check)
     else:
         for number, completion in enumerate(completions, start=1):
             print(f"--- sample {number} of {config.n_samples}\n{prompt}{completion.text}")
     return completions
+
+
+def _print_verified(prompt: str, completions: Sequence[Completion], check: str) -> None:
+    """Print the first completion that the check passes, and how many it does; leave with 1 if there is none."""
+    with Sandbox(preload=["doctest"]) as sandbox:
+        results = dict(sandbox.run_many((prompt + completion.text, check, "") for completion in completions))
+    right = [place for place in sorted(results) if results[place].passed]
+    if not right:
+        result = results[0]
+        print(f"none of {len(completions)} passes; the first {result.outcome}: {result.detail}", file=sys.stderr)
+        raise SystemExit(1)
+    print(f"{len(right)} of {len(completions)} pass; the first is number {right[0] + 1}", file=sys.stderr)
+    print(prompt + completions[right[0]].text)
+
+
+def _read_check(config: SampleConfig, prompt: str) -> str | None:
+    """The code that judges a completion, if it is to be judged."""
+    if config.tests is not None:
+        return Path(config.tests).read_text(encoding="utf-8")
+    if config.verify is None:
+        return None
+    n_examples = len(doctest.DocTestParser().get_examples(prompt))
+    if not n_examples:
+        raise ValueError("--verify=doctest: the prompt has no doctests, >>> lines; add some, or give --tests=FILE")
+    return DOCTESTS.format(n_examples)
 
 
 def _read_prompt(config: SampleConfig) -> str:
@@ -236,21 +281,6 @@ def _read_prompt(config: SampleConfig) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"--prompt_file={config.prompt_file}: not UTF-8 text; convert it first") from None
-
-
-def read_stops(text: str | None) -> list[str]:
-    """The stop strings of a setting: a text, with \\n and \\t for newline and tab, or a JSON list of texts."""
-    if text is None:
-        return []
-    try:
-        stops = json.loads(text, strict=False) if text.startswith("[") else None
-    except ValueError:
-        stops = None  # a text that happens to begin with a bracket
-    if not isinstance(stops, list):
-        stops = [text.replace("\\n", "\n").replace("\\t", "\t")]
-    if not stops or not all(isinstance(stop, str) and stop for stop in stops):
-        raise ValueError(f"--stop={text}: wants a text, or a JSON list of texts, none of them empty")
-    return stops
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from dataclasses import asdict
 from typing import Any, ClassVar
 
 import forkserver
-from forkserver import ALSO, COMMON, GRACE_S, KILLED, TIMED_OUT, Limits, Result
+from forkserver import COMMON, GRACE_S, KILLED, TIMED_OUT, Limits, Result
 
 TRICKS = re.compile(
     r"__eq__|__ne__|__builtins__|\bbuiltins\b|__traceback__|\btb_frame\b|\bf_back\b|\b_getframe\b|\bcurrentframe\b"
@@ -57,7 +57,7 @@ class Sandbox:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         settings = {
             "limits": asdict(limits or Limits()),
-            "preload": [*COMMON, *ALSO, *preload],
+            "preload": [*COMMON, *preload],
             "without": list(without),
         }
         self._workers = [_Worker(settings) for _ in range(max(1, min(workers or cores, cores)))]

@@ -14,6 +14,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from eval_perplexity import evaluate_loss
 from interruption import Interruption
 from metrics import MetricsLog, Throughput, start_wandb
 from model import GPT, GPTConfig
+from quick_score import QuickScore
 from sample import generate
 from shards import Shards, TokenStream, open_shards
 from tokenizer import Tokenizer
@@ -53,6 +55,9 @@ class TrainConfig(GPTConfig):
     eval_tokens: int = 2**20  # validation tokens an evaluation, at most
     sample_interval: int | None = 500  # steps between printed samples; None prints none
     sample_prompt: str = "def "  # what they begin with
+    humaneval_interval: int | None = None  # steps between scorings by running what the model writes; None does none
+    humaneval_problems: str = "humaneval"  # on these: a set by name, or a file, as in eval_humaneval.py
+    humaneval_first: int = 20  # as many of them from the beginning
     log_interval: int = 10  # steps between lines in metrics.jsonl
     checkpoint_interval: int = 250  # steps between checkpoints
     checkpoint_minutes: float = 10.0  # and the longest time between two, minutes
@@ -67,7 +72,7 @@ class TrainConfig(GPTConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         counts = ("batch_size", "tokens_per_step", "max_steps", "eval_interval", "eval_tokens", "log_interval")
-        for name in (*counts, "checkpoint_interval", "sample_interval"):
+        for name in (*counts, "checkpoint_interval", "sample_interval", "humaneval_interval", "humaneval_first"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         for name in ("warmup_steps", "weight_decay", "min_lr", "checkpoint_minutes", "seed"):
@@ -113,7 +118,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     try:
         if config.compile and run.step < config.max_steps:
             compile_model(run)
-        figures = train_loop(run, loader, val_stream, metrics)
+        with start_scoring(config) as scoring:
+            figures = train_loop(run, loader, val_stream, metrics, scoring)
     except torch.OutOfMemoryError:
         raise ValueError(
             f"out of memory at batch_size {config.batch_size}; the run is as last saved: set --batch_size="
@@ -126,7 +132,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     return figures
 
 
-def train_loop(run: Run, loader: Loader, val_stream: TokenStream, metrics: MetricsLog) -> dict[str, Any]:
+def train_loop(
+    run: Run, loader: Loader, val_stream: TokenStream, metrics: MetricsLog, scoring: QuickScore | None = None
+) -> dict[str, Any]:
     """Step, report, evaluate, sample and save until `max_steps`; returns the last evaluation's figures."""
     config = run.config
     figures: dict[str, Any] = {}
@@ -162,10 +170,34 @@ def train_loop(run: Run, loader: Loader, val_stream: TokenStream, metrics: Metri
             if config.sample_interval is not None and (last or run.step % config.sample_interval == 0):
                 text = generate(run.model, run.tokenizer, config.sample_prompt, max_new_tokens=64, top_p=0.95)[0].text
                 tqdm.write(f"--- sample at step {run.step}\n{config.sample_prompt}{text}\n---")
+            if scoring is not None and (last or run.step % config.humaneval_interval == 0):
+                score(run, scoring, metrics)
             if saving:
                 save_run(run, rng_state(run.device))
                 saved_at = time.monotonic()
     return figures or evaluate(run, val_stream)
+
+
+def start_scoring(config: TrainConfig) -> AbstractContextManager[QuickScore | None]:
+    """The scoring that `config` asks for, if any."""
+    if config.humaneval_interval is None:
+        return nullcontext()
+    return QuickScore(config.humaneval_problems, config.humaneval_first)
+
+
+def score(run: Run, scoring: QuickScore, metrics: MetricsLog) -> None:
+    """Score what the model writes, as an event of metrics.jsonl, unless that would take too much of the time."""
+    figures = scoring.score(run.model, run.tokenizer)
+    if figures is None:
+        tqdm.write(
+            f"step {run.step}: not scored by running, it would take more than {scoring.MAX_SHARE:.0%} of the time"
+        )
+        return
+    metrics.write({"step": run.step, **figures})
+    tqdm.write(
+        f"step {run.step}: of {figures['humaneval_problems']} problems {figures['humaneval_pass@1']:.1%} solved, "
+        f"{figures['humaneval_compiles']:.1%} compile"
+    )
 
 
 def train_step(

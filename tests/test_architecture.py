@@ -63,6 +63,7 @@ ROOMS = {
     "forkserver": ({"confine"}, set()),
     "sandbox": ({"forkserver"}, set()),
     "problems": ({"data.rows"}, set()),
+    "judging": ({"data.rows", "problems", "sandbox"}, {"tqdm"}),
     "scoring": ({"model", "device", "checkpoint"}, {"torch"}),
     "eval_perplexity": (
         {
@@ -71,14 +72,20 @@ ROOMS = {
         },
         {"numpy", "torch"},
     ),
-    "sample": ({"config", "model", "tokenizer", "device", "checkpoint"}, {"torch"}),
+    "sample": ({"config", "model", "tokenizer", "device", "checkpoint", "problems", "sandbox"}, {"torch"}),
+    "completions": (
+        {"atomic", "tokenizer", "model", "device", "checkpoint", "problems", "sample"},
+        {"tqdm"},
+    ),
     "pass_at_k": ({"forkserver", "sandbox"}, set()),
-    "eval_humaneval": (
-        {
-            *("config", "atomic", "tokenizer", "model", "device", "checkpoint", "data.rows"),
-            *("sandbox", "problems", "sample", "pass_at_k"),
-        },
-        {"torch", "tqdm"},
+    "eval_humaneval": ({"config", "atomic", "sandbox", "problems", "judging", "pass_at_k"}, set()),
+    "quick_score": (
+        {"tokenizer", "model", "sandbox", "problems", "judging", "completions", "pass_at_k", "eval_humaneval"},
+        set(),
+    ),
+    "eval_infilling": (
+        {"config", "atomic", "tokenizer", "device", "checkpoint", "data.formats", "sample"},
+        {"tqdm"},
     ),
     "train": (
         {
@@ -93,6 +100,7 @@ ROOMS = {
             "interruption",
             "eval_perplexity",
             "sample",
+            "quick_score",
         },
         {"torch", "tqdm"},
     ),

@@ -158,3 +158,34 @@ def test_bad_input_is_one_line(arguments, message, run_config, run_program):
     assert capture[0] == 2
     errors = [line for line in capture[2].splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0]
+
+
+@pytest.mark.parametrize(("answers", "place"), [((1, 2, 3, 2), 2), ((0, 4), None)])
+def test_the_first_completion_that_its_doctests_find_right_is_printed(
+    answers, place, run_config, run_program, monkeypatch, tmp_path
+):
+    train(run_config)
+    completions = [sample_module.Completion(f"    return {n} * n\n", "", "stop") for n in answers]
+    monkeypatch.setattr(sample_module, "generate", lambda *args, **options: completions)
+    prompt = 'def double(n):\n    """Twice.\n\n    >>> double(2)\n    4\n    >>> double(-1)\n    -2\n    """\n'
+    (tmp_path / "tests.py").write_text("assert double(8) == 16\n")
+    settings = (f"--out_dir={run_config.out_dir}", f"--prompt={prompt}", f"--n_samples={len(answers)}", "--device=cpu")
+    for verify in ("--verify=doctest", f"--tests={tmp_path / 'tests.py'}"):
+        code, out, err = run_program(sample, SampleConfig, *settings, verify)
+        if place is None:
+            assert code == 1 and out == "" and f"none of {len(answers)} passes; the first failed" in err
+        else:
+            assert (code, out) == (0, f"{prompt}    return 2 * n\n\n") and "2 of 4 pass; the first is number 2" in err
+
+
+def test_a_completion_cannot_do_away_with_the_doctests(run_config, run_program, monkeypatch):
+    train(run_config)
+    text = "    return 3\n\n\ndef double(n):\n    return 3\n"
+    monkeypatch.setattr(sample_module, "generate", lambda *a, **o: [sample_module.Completion(text, "", "stop")])
+    prompt = 'def double(n):\n    """\n    >>> double(2)\n    4\n    """\n'
+    settings = (f"--out_dir={run_config.out_dir}", "--device=cpu", "--verify=doctest")
+    code, _, err = run_program(sample, SampleConfig, *settings, f"--prompt={prompt}")
+    assert code == 1 and "only 0 doctests are left" in err
+    code, _, err = run_program(sample, SampleConfig, *settings, "--prompt=def f():")
+    assert code == 2 and "the prompt has no doctests" in err
+    assert run_program(sample, SampleConfig, *settings, "--prompt=x", "--verify=tests")[0] == 2
