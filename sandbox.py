@@ -15,14 +15,14 @@ change it. `interpreter_tricks` finds the means, so that a report can count the 
 import json
 import os
 import re
-import select
+import selectors
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 import forkserver
 from forkserver import COMMON, GRACE_S, KILLED, TIMED_OUT, Limits, Result
@@ -89,6 +89,8 @@ class Sandbox:
     def run_many(self, programs: Iterable[tuple[str, str, str]]) -> Iterator[tuple[int, Result]]:
         """Place and result of each (program, check, entry_point), as they end. One that timed out is tried once more at
         the end, with no other beside it, so that a loaded machine fails no correct program."""
+        if not self._workers:
+            raise RuntimeError("the sandbox is closed")
         waiting = enumerate(programs)
         again: list[tuple[int, tuple[str, str, str]]] = []
         busy: dict[_Worker, tuple[int, tuple[str, str, str]]] = {}
@@ -176,8 +178,7 @@ class _Worker:
         self.process.stdout.close()
 
     def _read_line(self) -> bytes | None:
-        ready = select.select([self.process.stdout], [], [], max(0.0, self.deadline - time.monotonic()))[0]
-        line = self.process.stdout.readline() if ready else b""
+        line = self.process.stdout.readline() if _readable([self.process.stdout], self.deadline) else b""
         return line if line.endswith(b"\n") else None
 
     @staticmethod
@@ -185,6 +186,14 @@ class _Worker:
         """Those that have something to say, or are late; waits for one."""
         outputs = {worker.process.stdout: worker for worker in workers}
         soonest = min(worker.deadline for worker in workers)
-        found = select.select(list(outputs), [], [], max(0.0, soonest - time.monotonic()))[0]
+        found = _readable(outputs, soonest)
         late = [worker for worker in workers if time.monotonic() > worker.deadline]
         return [outputs[output] for output in found] or late
+
+
+def _readable(files: Iterable[IO[bytes]], deadline: float) -> list[IO[bytes]]:
+    """Those from which something, or the end, can be read; waits for one until `deadline`."""
+    with selectors.DefaultSelector() as selector:
+        for file in files:
+            selector.register(file, selectors.EVENT_READ)
+        return [key.fileobj for key, _ in selector.select(max(0.0, deadline - time.monotonic()))]

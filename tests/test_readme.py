@@ -1,5 +1,6 @@
 """Every command of the README runs, as it stands, in a copy of the project whose configs are made small."""
 
+import json
 import os
 import re
 import shlex
@@ -23,11 +24,26 @@ COMMANDS = [
 ]
 
 # What a test cannot do: download a corpus; write to Colab's mounted Drive; run the test suite from within.
+# Nor can a model of three steps write what passes: leaving with 1 is right there.
+MAY_FAIL = "python sample.py --prompt_file=task.py"
 NOT_HERE = ("hf download ", "python train.py configs/70m.py --out_dir=/content/drive/", "bash runs/test.sh")
 
 SMALL_ROWS = "\nsource = 'files:data/raw/*.json.gz'\n"
 SMALL_DATA = "\npackage_bytes = 5_000\n"
 SMALL_RUN = "\nn_layer = 1\nmax_steps = 3\neval_tokens = 1024\nsample_interval = 3\ncompile = False\n"
+
+PROBLEM = {
+    "task_id": "P/1",
+    "prompt": 'def same(n):\n    """\n    >>> same(3)\n    3\n    """\n',
+    "canonical_solution": "    return n\n",
+    "entry_point": "same",
+    "test": "def check(candidate):\n    assert candidate(3) == 3\n",
+}
+DATASETS = """# In the place of the hub, which a test does not reach.
+import json
+def load_dataset(name, configuration=None, split=None):
+    return [json.loads(line) for line in open("problems.jsonl")]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +71,10 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     problem = {"task_id": "P/1", "text": "a text that is in no file here, for certain", "code": ""}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([problem]), raw / "problems" / "a.parquet")
     (folder / ".venv").symlink_to(sys.prefix)
+    (folder / "problems.jsonl").write_text(json.dumps(PROBLEM) + "\n")
+    (folder / "samples.jsonl").write_text(json.dumps({"task_id": "P/1", "completion": "    return n\n"}) + "\n")
+    (folder / "task.py").write_text(PROBLEM["prompt"])
+    (folder / "datasets.py").write_text(DATASETS)
     return folder
 
 
@@ -67,7 +87,7 @@ def test_readme_commands_run(command, copy):
     program = sys.executable if words[0] == "python" else words[0]
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     result = subprocess.run([program, *words[1:]], cwd=copy, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.returncode == 0 or command.startswith(MAY_FAIL), result.stderr[-2000:]
     assert "Traceback" not in result.stderr and (result.stdout or result.stderr)
 
 
