@@ -59,8 +59,8 @@ class EvalConfig:
                 raise ValueError(f"--{name}={value}: must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p={self.top_p}: must be above 0 and at most 1, or None")
-        if self.timeout_s <= 0 or self.seed < 0:
-            raise ValueError("--timeout_s must be above 0, and --seed 0 or more")
+        if not 0 < self.timeout_s <= 86_400 or self.seed < 0:
+            raise ValueError("--timeout_s must be above 0 and at most 86400, and --seed 0 or more")
         self.ks(), self.temperatures(), read_stops(self.stop)
 
     def ks(self) -> list[int]:
@@ -101,12 +101,14 @@ def choose_problems(config: EvalConfig) -> tuple[list[Problem], str]:
     every = load_problems(config.problems)
     chosen, name = every, Path(config.problems).name.partition(".")[0]
     for flag, names in (("tasks", config.tasks), ("exclude", config.exclude)):
-        listed = set(names.split(",")) if names is not None else set()
+        listed = set(filter(None, names.split(","))) if names is not None else set()
         if unknown := listed - {problem.task_id for problem in every}:
             raise ValueError(f"--{flag}={names}: {config.problems} has no {min(unknown)}, but {every[0].task_id}")
         if listed:
             chosen = [problem for problem in chosen if (problem.task_id in listed) == (flag == "tasks")]
     chosen = chosen[: config.first]
+    if not chosen:
+        raise ValueError(f"--tasks={config.tasks} --exclude={config.exclude}: no problem is left; choose others")
     return chosen, name if len(chosen) == len(every) else f"{name} subset {len(chosen)} of {len(every)}"
 
 

@@ -11,16 +11,17 @@ has not sent it. The check has names of its own, behind them the builtins as the
 
 import ast
 import builtins
-import collections
 import contextlib
 import functools
 import gc
+import importlib
 import json
 import os
 import re
 import select
 import signal
 import socket
+import struct
 import sys
 import tempfile
 import time
@@ -61,7 +62,8 @@ class Result:
     line: int | None = None  # of program and check as one text, where the exception was raised
     message: str = ""  # the exception's
     output: str = ""  # stdout and stderr, together
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the clock
+    cpu_seconds: float = 0.0  # of the processor, of the program's first process
 
     @property
     def passed(self) -> bool:
@@ -71,14 +73,16 @@ class Result:
     def detail(self) -> str:
         """What was wrong, on one line: `line 7: IndexError: list index out of range`."""
         where = f"line {self.line}: " if self.line else ""
-        return " ".join((where + ": ".join(filter(None, (self.error, self.message)))).split())
+        text = " ".join((where + ": ".join(filter(None, (self.error, self.message)))).split())
+        return "".join(c if c.isprintable() else "?" for c in text)  # it may be written to a terminal
 
 
 def _serve(settings: dict[str, Any]) -> None:
     """Run programs from standard input, one JSON line each, until it ends; answer on standard output."""
     sys.path.pop(0)  # the folder of this file is not for programs
     limits = Limits(**settings["limits"])
-    confinement = Confinement(limits.file_bytes, settings["without"])
+    confinement = Confinement(settings["directory"], limits.file_bytes, settings["without"])
+    sys.modules["ctypes"] = sys.modules["_ctypes"] = None  # what reads memory is not for programs
     for name in settings["preload"]:
         with contextlib.suppress(ImportError):  # a program that imports it will say so
             __import__(name)
@@ -94,9 +98,17 @@ def _serve(settings: dict[str, Any]) -> None:
     gc.collect()
     gc.freeze()  # so that a child's collections do not copy what it shares with this process
     _write_line({"missing": confinement.missing})
-    inbox: list[bytes] = []  # emptied by the child too: no frame there holds the check's text
-    while _read_request(inbox):
-        _write_line(asdict(_attend(inbox, behind, confinement, limits, wake)))
+    inbox: list[bytes] = []
+    # The child empties both lists: no name in a frame there leads to the check's text, or to what is behind its names.
+    shelf = [behind]
+    del behind
+    with contextlib.suppress(_ParentHasGone):
+        while _read_request(inbox):
+            _write_line(asdict(_attend(inbox, shelf, confinement, limits, wake)))
+
+
+class _ParentHasGone(Exception):
+    pass
 
 
 def _read_request(inbox: list[bytes]) -> bool:
@@ -115,32 +127,37 @@ def _write_line(message: dict[str, Any]) -> None:
         data = data[os.write(1, data) :]
 
 
-def _attend(inbox: list[bytes], behind: "_Behind", confinement: Confinement, limits: Limits, wake: int) -> Result:
+def _attend(inbox: list[bytes], shelf: list["_Behind"], confinement: Confinement, limits: Limits, wake: int) -> Result:
     """Fork, run the program of `inbox` in the child, watch it, and leave nothing of it."""
     directory = confinement.begin()
     ours, theirs = socket.socketpair()  # unlike a pipe, it cannot be opened for reading through /proc
+    if hasattr(socket, "SO_PASSCRED"):
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # each message tells which process sent it
     output, output_end = os.pipe()
     t0 = time.monotonic()
     pid = os.fork()
     if pid == 0:
-        _be_program(inbox, behind, directory, theirs.fileno(), output_end, confinement, limits)
+        _be_program(inbox, shelf, directory, theirs.fileno(), output_end, confinement, limits)
     theirs.close()
     os.close(output_end)
     try:
         said, printed, status = _watch(pid, ours, output, wake, t0 + limits.timeout_s, limits.output_bytes)
     finally:
-        confinement.end(pid, directory)
+        cpu_seconds = confinement.end(pid, directory)
         ours.close()
         os.close(output)
-    result = _verdict(said, status)
-    return Result(**{**result, "output": printed.decode("utf-8", "replace"), "seconds": time.monotonic() - t0})
+    seconds = time.monotonic() - t0
+    if status is not None:
+        status, cpu_seconds = status
+    text = printed.decode("utf-8", "replace")
+    return Result(**_verdict(said, status), output=text, seconds=seconds, cpu_seconds=cpu_seconds)
 
 
 def _watch(
     pid: int, report: socket.socket, output: int, wake: int, deadline: float, output_bytes: int
-) -> tuple[bytes, bytes, int | None]:
+) -> tuple[bytes, bytes, tuple[int, float] | None]:
     """Read what the program reports and prints until it ends, or passes and had time to end, or its time is up. Returns
-    both and its exit status, None if it was still running."""
+    both, and its exit status with its seconds of the processor, None if it was still running."""
     said, printed, status = b"", b"", None
     poll = select.poll()
     for fd in (report.fileno(), output, wake):
@@ -150,14 +167,15 @@ def _watch(
         ended = status is not None
         events = dict(poll.poll(0 if ended else max(0.0, deadline - time.monotonic()) * 1000))
         if 0 in events:
-            os._exit(0)
+            raise _ParentHasGone
         if wake in events:
             os.read(wake, 4096)
         if report.fileno() in events:
-            piece = report.recv(2**16)
+            piece, sender = _receive(report)
             if not piece or len(said) > 2**16:
                 poll.unregister(report.fileno())
-            said += piece
+            if sender in (None, pid):  # a process that the program forked has nothing to say
+                said += piece
             if _has_passed(said):
                 deadline = min(deadline, time.monotonic() + GRACE_S)
         if output in events:
@@ -165,14 +183,23 @@ def _watch(
             if not piece:
                 poll.unregister(output)
             printed += piece[: output_bytes - len(printed)]
-        if ended and not events.keys() & {output, report.fileno()}:
+        if time.monotonic() >= deadline or (ended and not events.keys() & {output, report.fileno()}):
             break
         if not ended:
-            if time.monotonic() >= deadline:
-                break
-            found, code = os.waitpid(pid, os.WNOHANG)
-            status = code if found else None
+            found, code, usage = os.wait4(pid, os.WNOHANG)
+            if found:
+                status = code, usage.ru_utime + usage.ru_stime
+                deadline = min(deadline, time.monotonic() + GRACE_S)  # others may hold its output, and write for ever
     return said, printed, status
+
+
+def _receive(report: socket.socket) -> tuple[bytes, int | None]:
+    """What was sent, and by which process, where the system tells."""
+    piece, extra, _, _ = report.recvmsg(2**16, socket.CMSG_SPACE(12))
+    for level, kind, data in extra:
+        if (level, kind) == (socket.SOL_SOCKET, getattr(socket, "SCM_CREDENTIALS", None)):
+            return piece, struct.unpack("iII", data)[0]
+    return piece, None
 
 
 def _has_passed(said: bytes) -> bool:
@@ -189,11 +216,8 @@ def _verdict(said: bytes, status: int | None) -> dict[str, Any]:
     if len(said) > 32:
         try:
             report = json.loads(said[32:])
-            found = {
-                "error": str(report["error"])[:200],
-                "line": report["line"],
-                "message": str(report["message"])[:2000],
-            }
+            error = re.sub(r"[^\w.]", "?", str(report["error"])[:80])
+            found = {"error": error, "line": report["line"], "message": str(report["message"])[:2000]}
             if found["line"] is None or isinstance(found["line"], int):
                 return {"outcome": OUT_OF_MEMORY if found["error"] == "MemoryError" else FAILED, **found}
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -210,7 +234,7 @@ def _verdict(said: bytes, status: int | None) -> dict[str, Any]:
 
 def _be_program(
     inbox: list[bytes],
-    behind: "_Behind",
+    shelf: list["_Behind"],
     directory: str,
     report_fd: int,
     output_fd: int,
@@ -230,9 +254,9 @@ def _be_program(
                 os.dup2(fd, place)
         os.closerange(REPORT_FD + 1, os.sysconf("SC_OPEN_MAX"))
         os.chdir(directory)
-        os.environ |= {"HOME": directory, "TMPDIR": directory}
+        os.environ |= {"HOME": directory, "TMPDIR": directory, "USER": "program", "LOGNAME": "program"}
         tempfile.tempdir = None
-        _limit_resources(limits)
+        _limit_resources(limits, confinement.namespaces)
         confinement.enter(directory)
         for fd, name in enumerate(("stdin", "stdout", "stderr")):
             stream = open(fd, "w" if fd else "r", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
@@ -240,31 +264,30 @@ def _be_program(
             setattr(sys, f"__{name}__", stream)
         sys.argv = [FILENAME]
         sys.addaudithook(_audit)
+        # _steps empties this module; what is used after that, kept here
+        known = {"os": os, "sys": sys, "json": json, "REPORT_FD": REPORT_FD, "FILENAME": FILENAME}
+        report_failure, leave = types.FunctionType(_report_failure.__code__, known), os._exit
+        call = functools.partial.__call__
         # A row of C functions, called by C: neither the secret nor the last of them is in any frame's names.
-        pid = os.getpid()
-        collections.deque(map(functools.partial.__call__, _steps(inbox, behind)), maxlen=0)
+        sorted(_steps(inbox, shelf), key=call)
     except BaseException as error:
         try:
-            if os.getpid() == pid:  # not a process that the program forked
-                _report_failure(error)
+            report_failure(error)
         finally:
-            os._exit(1)
+            leave(1)
     finally:
-        os._exit(1)
+        leave(1)
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    """Refuse to list all objects, and foreign functions and memory: the ways to a secret that has no name. ctypes can
-    still be imported, as numpy does."""
-    if event in ("gc.get_objects", "gc.get_referrers", "gc.get_referents"):
+    """Refuse to list all objects, to read memory, to listen to the judge: the ways to a secret that has no name."""
+    if event.startswith(("gc.get_", "ctypes.")) or event in ("sys.addaudithook", "sys._current_frames"):
         raise ValueError("not for programs that are judged")
-    if event in ("ctypes.dlsym", "ctypes.string_at", "ctypes.wstring_at", "ctypes.addressof", "ctypes.call_function"):
-        raise ValueError("not for programs that are judged")
-    if event in ("ctypes.cdata", "ctypes.cdata/buffer") or (event == "ctypes.dlopen" and arguments[0] is not None):
-        raise ValueError("not for programs that are judged")
+    if event == "import" and arguments[0] in ("ctypes", "_ctypes"):
+        raise ImportError("not for programs that are judged")  # numpy and others do without
 
 
-def _steps(inbox: list[bytes], behind: "_Behind") -> list[Callable[[], object]]:
+def _steps(inbox: list[bytes], shelf: list["_Behind"]) -> list[Callable[[], object]]:
     """What to call, in order: the program, its check with names of its own, the report that both came to their ends."""
     program, check, entry_point = json.loads(b"".join(inbox))
     inbox.clear()
@@ -273,14 +296,16 @@ def _steps(inbox: list[bytes], behind: "_Behind") -> list[Callable[[], object]]:
     code = compile(program + "\n\n", FILENAME, "exec", dont_inherit=True)  # it may end in a backslash
     place = "\n" * (program.count("\n") + (not program.endswith("\n")))
     check_code = compile(place + check, FILENAME, "exec", dont_inherit=True)
-    imports_code = compile(_imports(check), FILENAME, "exec", dont_inherit=True)
+    statements, imports = _imports(place + check)
+    imports_code = compile(ast.Module(statements, []), FILENAME, "exec", dont_inherit=True)
     module = types.ModuleType("program")
     sys.modules["program"] = module
     names, call = module.__dict__, functools.partial
+    behind = shelf.pop()
     behind.names = names
     behind.pop(entry_point, None)
-    modules = {name: sys.modules[name] for name in COMMON if re.search(rf"\b{name}\b", check)}
-    return [
+    modules = _modules_named(check, imports)
+    steps = [
         call(exec, code, names),
         call(sys.modules.update, modules),
         *(call(module.__dict__.update, dict(module.__dict__)) for module in modules.values()),
@@ -290,6 +315,11 @@ def _steps(inbox: list[bytes], behind: "_Behind") -> list[Callable[[], object]]:
         *map(call, (sys.stdout.flush, sys.stderr.flush)),
         call(os._exit, 0),
     ]
+    # What is reachable by name as the judge is no more: its module, and the one that calls the kernel.
+    sys.modules["__main__"] = module
+    sys.modules.pop("confine").__dict__.clear()
+    globals().clear()
+    return steps
 
 
 class _Behind(dict):
@@ -302,13 +332,27 @@ class _Behind(dict):
         return self.names[name]
 
 
-def _imports(check: str) -> ast.Module:
-    """The imports among its statements."""
-    body = ast.parse(check).body if re.search(r"^(import|from)\b", check, re.MULTILINE) else []
-    return ast.Module([node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
+def _modules_named(check: str, imports: list[ast.stmt]) -> dict[str, types.ModuleType]:
+    """The modules that a check may use, as they are now: what it imports, and what of COMMON it names."""
+    names = {name for name in COMMON if re.search(rf"\b{name}\b", check)}
+    for node in imports:
+        for name in [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]:
+            with contextlib.suppress(Exception):  # the check itself will fail, and say so
+                importlib.import_module(name)
+                names |= {name, name.partition(".")[0]}
+    return {name: sys.modules[name] for name in names}
 
 
-def _limit_resources(limits: Limits) -> None:
+def _imports(check: str) -> tuple[list[ast.stmt], list[ast.stmt]]:
+    """The imports of a check: those among its statements, and all."""
+    if not re.search(r"\bimport\b", check):
+        return [], []
+    tree = ast.parse(check)
+    kinds = (ast.Import, ast.ImportFrom)
+    return [n for n in tree.body if isinstance(n, kinds)], [n for n in ast.walk(tree) if isinstance(n, kinds)]
+
+
+def _limit_resources(limits: Limits, count_processes: bool) -> None:
     import resource  # POSIX only
 
     cpu_s = int(limits.timeout_s) + 2
@@ -317,8 +361,9 @@ def _limit_resources(limits: Limits) -> None:
         "RLIMIT_AS": limits.memory_bytes,
         "RLIMIT_FSIZE": limits.file_bytes,
         "RLIMIT_NOFILE": limits.open_files,
-        "RLIMIT_NPROC": limits.processes,
         "RLIMIT_CORE": 0,
+        # Counts all of a user's threads, but in a namespace of its own; elsewhere a program can start no process.
+        **({"RLIMIT_NPROC": limits.processes} if count_processes else {}),
     }.items():
         try:
             hard = resource.getrlimit(getattr(resource, name))[1]

@@ -23,7 +23,7 @@ class QuickScore:
 
     MAX_SHARE = 0.02
 
-    def __init__(self, name: str, n_problems: int, max_new_tokens: int = 128):
+    def __init__(self, name: str, n_problems: int, max_new_tokens: int = 96):
         self.problems = load_problems(name)[:n_problems]
         self.config = EvalConfig(n_samples=1, max_new_tokens=max_new_tokens)
         self.sandbox = Sandbox(1)

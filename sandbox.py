@@ -12,6 +12,7 @@ What no judge in the same interpreter can prevent: an answer whose `__eq__` is a
 change it. `interpreter_tricks` finds the means, so that a report can count the programs that have them.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -19,17 +20,23 @@ import selectors
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict
 from typing import IO, Any, ClassVar
 
 import forkserver
+from confine import remove
 from forkserver import COMMON, GRACE_S, KILLED, TIMED_OUT, Limits, Result
 
 TRICKS = re.compile(
     r"__eq__|__ne__|__builtins__|\bbuiltins\b|__traceback__|\btb_frame\b|\bf_back\b|\b_getframe\b|\bcurrentframe\b"
-    r"|\bgc\b|\bctypes\b|\b__code__\b|\bsettrace\b|\bsetprofile\b|\b_exit\b"
+    r"|\bgc\b|\bctypes\b|\b__code__\b|\bsettrace\b|\bsetprofile\b|\b_exit\b|\bgi_frame\b|\b_current_frames\b"
+    r"|\binspect\b|\bbdb\b|\bpdb\b|\bsignal\b|\baddaudithook\b|\b__subclasses__\b|\b__globals__\b|\b__main__\b"
+    r"|\bmock\b|\b__array_interface__\b|__r?sub__|__abs__|__[lg][te]__|__contains__|__bool__|__getattribute__"
+    r"|\bmodules\b|\bfork\b"
 )
 
 
@@ -37,6 +44,10 @@ def interpreter_tricks(code: str) -> list[str]:
     """The names in `code` through which a wrong answer could pass: `__eq__`, `tb_frame`, `gc` and others. Few honest
     programs have any; that one of those is there proves nothing."""
     return sorted(set(TRICKS.findall(code)))
+
+
+LOST = "worker"  # the error of a program whose worker died
+ALONE = 0.9  # share of the time that a program had the processor for, if no other wanted it
 
 
 class Sandbox:
@@ -55,11 +66,14 @@ class Sandbox:
         without: Collection[str] = (),
     ):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        limits = limits or Limits()
+        self.timeout_s = limits.timeout_s
         settings = {
-            "limits": asdict(limits or Limits()),
+            "limits": asdict(limits),
             "preload": [*COMMON, *preload],
             "without": list(without),
         }
+        self._running = threading.Lock()
         self._workers = [_Worker(settings) for _ in range(max(1, min(workers or cores, cores)))]
         self.missing = self._workers[0].hello()["missing"]
         for worker in self._workers[1:]:
@@ -77,25 +91,31 @@ class Sandbox:
 
     def close(self) -> None:
         """End the workers and whatever they run."""
-        for worker in self._workers:
+        workers, self._workers = self._workers, []
+        for worker in workers:
             worker.close()
-        self._workers = []
 
     def run(self, program: str, check: str = "", entry_point: str = "") -> Result:
         """What became of `program` followed by `check`, code that sees the program's names, and the builtins unless one
         has the name of `entry_point`, the function to check."""
-        return next(result for _, result in self.run_many([(program, check, entry_point)]))
+        ((_, result),) = self.run_many([(program, check, entry_point)])
+        return result
 
     def run_many(self, programs: Iterable[tuple[str, str, str]]) -> Iterator[tuple[int, Result]]:
-        """Place and result of each (program, check, entry_point), as they end. One that timed out is tried once more at
-        the end, with no other beside it, so that a loaded machine fails no correct program."""
-        if not self._workers:
-            raise RuntimeError("the sandbox is closed")
+        """Place and result of each (program, check, entry_point), as they end. One run of a sandbox at a time.
+
+        A program that timed out is tried once more at the end, with no other beside it, so that a loaded machine fails
+        no correct program; unless it had a processor to itself all the time. So is one whose worker died.
+        """
+        if not self._running.acquire(blocking=False):
+            raise RuntimeError("the sandbox is running other programs; use one for each caller")
         waiting = enumerate(programs)
         again: list[tuple[int, tuple[str, str, str]]] = []
         busy: dict[_Worker, tuple[int, tuple[str, str, str]]] = {}
         try:
             while True:
+                if not self._workers:
+                    raise RuntimeError("the sandbox is closed")
                 for worker in self._workers:
                     if worker not in busy and (job := next(waiting, None)) is not None:
                         worker.send(*job[1])
@@ -104,7 +124,8 @@ class Sandbox:
                     break
                 for worker in _Worker.ready(busy):
                     result, (place, job) = worker.receive(), busy.pop(worker)
-                    if result.outcome == TIMED_OUT:
+                    starved = result.outcome == TIMED_OUT and result.cpu_seconds < ALONE * self.timeout_s
+                    if starved or result.error == LOST:
                         again.append((place, job))
                     else:
                         yield place, result
@@ -117,7 +138,9 @@ class Sandbox:
                 yield place, result
         finally:
             for worker in busy:  # the caller left early
-                worker.restart()
+                if worker in self._workers:
+                    worker.restart()
+            self._running.release()
 
 
 class _Worker:
@@ -132,7 +155,9 @@ class _Worker:
         environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
         environment |= {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
         environment |= {"HOME": os.path.expanduser("~"), "PYTHONDONTWRITEBYTECODE": "1"}
-        command = [sys.executable, os.path.abspath(forkserver.__file__), json.dumps(self.settings)]
+        self.directory = tempfile.mkdtemp(prefix="sandbox-")  # for those of programs, where they are not in memory
+        settings = json.dumps({**self.settings, "directory": self.directory})
+        command = [sys.executable, os.path.abspath(forkserver.__file__), settings]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd="/", start_new_session=True
         )
@@ -160,7 +185,7 @@ class _Worker:
         line = self._read_line()
         if line is None:
             self.restart()
-            return Result(KILLED, "worker", message="the process that ran it died or hung")
+            return Result(KILLED, LOST, message="the process that ran it died or hung")
         return Result(**json.loads(line))
 
     def restart(self) -> None:
@@ -169,13 +194,15 @@ class _Worker:
         self.hello()
 
     def close(self) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has died
+            self.process.stdin.close()
         try:
             self.process.wait(0 if time.monotonic() > self.deadline else 5)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         self.process.stdout.close()
+        remove(self.directory)
 
     def _read_line(self) -> bytes | None:
         line = self.process.stdout.readline() if _readable([self.process.stdout], self.deadline) else b""

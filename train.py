@@ -57,7 +57,7 @@ class TrainConfig(GPTConfig):
     sample_prompt: str = "def "  # what they begin with
     humaneval_interval: int | None = None  # steps between scorings by running what the model writes; None does none
     humaneval_problems: str = "humaneval"  # on these: a set by name, or a file, as in eval_humaneval.py
-    humaneval_first: int = 20  # as many of them from the beginning
+    humaneval_first: int = 10  # as many of them from the beginning
     log_interval: int = 10  # steps between lines in metrics.jsonl
     checkpoint_interval: int = 250  # steps between checkpoints
     checkpoint_minutes: float = 10.0  # and the longest time between two, minutes

@@ -57,7 +57,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(row) if isinstance(row, bytes) else row
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             raise ValueError(f"{path}, row {number}: not a JSON object; give a file of JSON lines or Parquet")

@@ -1,5 +1,6 @@
 """What the process that forks programs says of their ends, and the row of calls that a program is."""
 
+import ast
 import json
 import os
 import signal
@@ -49,7 +50,9 @@ def test_a_check_finds_builtins_before_the_programs_names():
     assert globals_["found"] == 2
 
 
-def test_the_imports_of_a_check_are_those_of_its_statements():
-    tree = _imports("import os\nfrom math import pi as p\ndef f():\n    import sys\nx = 'import this'")
-    exec(compile(tree, "", "exec"), names := {})
+def test_the_imports_of_a_check_are_those_of_its_statements_and_all():
+    statements, imports = _imports("import os\nfrom math import pi as p\ndef f():\n    import sys\nx = 'import this'")
+    exec(compile(ast.Module(statements, []), "", "exec"), names := {})
     assert names["os"] is os and "p" in names and "sys" not in names and "f" not in names
+    assert [getattr(node, "module", None) or node.names[0].name for node in imports] == ["os", "math", "sys"]
+    assert _imports("x = 1") == ([], [])

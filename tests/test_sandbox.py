@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -74,6 +75,7 @@ def test_hostile_programs_get_their_verdicts_and_change_nothing(without, tmp_pat
     before, processes = (canary / "file").stat(), children()
     programs = hostile_programs()
     texts = [p.program.replace("CANARY", str(canary)).replace("PARENT", str(os.getpid())) for p in programs]
+    monkeypatch.setattr("tempfile.tempdir", None)
     with Sandbox(2, Limits(timeout_s=0.7, memory_bytes=2**30), without=without) as sandbox:
         if len(sandbox.missing) > len(without):
             pytest.skip(f"this machine lacks {sandbox.missing}")
@@ -84,7 +86,9 @@ def test_hostile_programs_get_their_verdicts_and_change_nothing(without, tmp_pat
         result = results[place]
         expected = program.alone if "namespaces" in without else program.verdicts
         verdict = f"{result.outcome} {result.error}"
-        if result.outcome not in expected and verdict not in expected and "socket in the file" not in program.name:
+        # Without seccomp a call that it refuses may work, and the program is judged by what it returns.
+        refused = "seccomp" in without and expected == ["failed PermissionError"] and result.outcome == "failed"
+        if result.outcome not in expected and verdict not in expected and not refused:
             wrong[program.name] = (verdict, result.detail, expected)
         assert result.passed <= (not program.name.startswith("cheat")), f"{program.name} passed"
     assert wrong == {}
@@ -133,21 +137,50 @@ def test_what_no_judge_can_see_is_found_in_the_text(sandbox):
     assert interpreter_tricks("def equal(a, b):\n    return a == b  # gcd, exit") == []
 
 
-def test_a_timeout_is_tried_again_alone(sandbox):
+def test_a_timeout_is_tried_again_alone_unless_it_had_a_processor_to_itself():
     with Sandbox(2, Limits(timeout_s=0.5)) as sandbox:
-        programs = [("while True: pass", "", ""), ("x = 1", "", ""), ("import time; time.sleep(9)", "", "")]
+        sleeps = [("import time; time.sleep(9)", "", ""), ("x = 1", "", ""), ("import time; time.sleep(9)", "", "")]
         t0 = time.monotonic()
-        results = list(sandbox.run_many(programs))
+        results = list(sandbox.run_many(sleeps))
         assert time.monotonic() - t0 > 1.4  # half a second side by side, and then one after the other
-    assert [place for place, _ in results] == [1, 0, 2]
-    assert [result.outcome for _, result in results] == ["passed", "timed out", "timed out"]
+        assert results[0][0] == 1 and sorted(place for place, _ in results) == [0, 1, 2]
+        assert [result.outcome for _, result in results] == ["passed", "timed out", "timed out"]
+        result = sandbox.run("while True: pass")
+        assert result.outcome == "timed out" and result.cpu_seconds > 0.3
 
 
-def test_a_worker_that_dies_is_replaced_and_a_caller_may_leave(sandbox):
+def test_a_worker_that_dies_is_replaced_and_its_program_tried_again(sandbox):
     sandbox._workers[0].process.kill()
-    assert [r.outcome for _, r in sandbox.run_many([("x = 1", "", "")] * 4)].count("passed") >= 3
-    next(sandbox.run_many([("x = 1", "", ""), ("import time; time.sleep(1)", "", "")]))
+    time.sleep(0.2)
+    assert [r.outcome for _, r in sandbox.run_many([("x = 1", "", "")] * 4)] == ["passed"] * 4
+    threading.Timer(0.3, sandbox._workers[0].process.kill).start()
+    assert sandbox.run("import time; time.sleep(0.6)").passed
+
+
+def test_a_caller_may_leave_early_but_not_run_two_at_once(sandbox):
+    runs = sandbox.run_many([("x = 1", "", ""), ("import time; time.sleep(1)", "", "")])
+    next(runs)
+    with pytest.raises(RuntimeError, match="running other programs"):
+        sandbox.run("x = 1")
+    runs.close()
     assert sandbox.run("y = 2", "assert y == 2").passed
+    other = Sandbox(1)
+    runs = other.run_many([("x = 1", "", "")] * 3)
+    next(runs)
+    other.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        list(runs)
+    with pytest.raises(RuntimeError, match="closed"):
+        other.run("x = 1")
+
+
+def test_modules_that_a_check_uses_are_as_they_were(sandbox):
+    program = "import sys, textwrap\nsys.modules['hashlib'] = sys\ntextwrap.dedent = str"
+    check = "import hashlib, textwrap\nassert hashlib.md5(b'').digest_size == 16 and textwrap.dedent(' x') == 'x'"
+    assert sandbox.run(program, check).passed
+    check = "import math\nassert math.fabs(double(2) - 4) < 1"
+    assert not sandbox.run("import math\nmath.fabs = lambda x: 0\ndef double(n):\n    return -7", check).passed
+    assert sandbox.run("x = 1\n" * 9, "\nimport nosuch").line == 11
 
 
 @pytest.mark.skipif(not ON_LINUX, reason="looks into /proc")
