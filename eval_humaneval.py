@@ -82,12 +82,13 @@ def _numbers(text: str, kind: type, key: str, least: int) -> list:
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Write and judge samples, or judge those of a file; returns the summary, of a sweep the one for all."""
-    problems, label = choose_problems(config)
+    every = load_problems(config.problems)
+    problems, label = choose_problems(config, every)
     if not config.allow_code_execution:
         raise ValueError(
             "judging runs the code that a model wrote, in a sandbox; say --allow_code_execution=True to allow that"
         )
-    samples = None if config.samples is None else read_samples(config.samples, problems)
+    samples = None if config.samples is None else read_samples(config.samples, problems, every)
     preload = ["numpy"] if any("numpy" in problem.check for problem in problems) else []
     with Sandbox(config.workers, Limits(timeout_s=config.timeout_s), preload) as sandbox:
         self_test(sandbox, problems)
@@ -96,9 +97,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         return _judge_model(sandbox, config, problems, label)
 
 
-def choose_problems(config: EvalConfig) -> tuple[list[Problem], str]:
-    """The problems to solve, and what to call them: a subset says that it is one."""
-    every = load_problems(config.problems)
+def choose_problems(config: EvalConfig, every: list[Problem]) -> tuple[list[Problem], str]:
+    """The problems to solve of `every`, and what to call them: a subset says that it is one."""
     chosen, name = every, Path(config.problems).name.partition(".")[0]
     for flag, names in (("tasks", config.tasks), ("exclude", config.exclude)):
         listed = set(filter(None, names.split(","))) if names is not None else set()

