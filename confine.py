@@ -80,11 +80,13 @@ class Confinement:
     """What holds programs forked by this process. Made once, by a process of one thread that does nothing else.
 
     `missing` names the protections that this machine does not give, with what that means. For each program: `begin`,
-    fork, in the child `enter`, and when it is over `end`. `without` leaves layers out, by name, to test the others.
+    fork, in the child `enter`, and when it is over `end`; after the last `leave`. `directory` is an empty folder, for
+    programs where they cannot have one in memory. `without` leaves layers out, by name, to test the others.
     """
 
     def __init__(self, directory: str, file_bytes: int, without: Collection[str] = ()):
         self.directory, self.file_bytes, self.missing = directory, file_bytes, []
+        self.parent = os.open(os.path.dirname(directory), os.O_RDONLY)  # in a new root its path leads nowhere
         self.program_user: int | None = None  # to become, in namespaces
         self.namespaces = self.landlock = self.seccomp = False
         with contextlib.suppress(OSError):  # where memory runs out, programs are killed first
@@ -98,7 +100,7 @@ class Confinement:
             return reason is None
 
         if has("namespaces", "a program can see other processes, and start none", self._try_namespaces):
-            self._enter_namespaces()
+            self._enter_namespaces(at_end=self.leave)
         else:
             self.landlock = has("Landlock", "it reads and writes what you can", lambda: _landlock(directory))
         consequence = (
@@ -107,6 +109,11 @@ class Confinement:
         self.seccomp = has("seccomp", consequence, lambda: _seccomp(alone=not self.namespaces))
         if self.seccomp and self.namespaces:
             _filter(None)  # made once for all children
+
+    def leave(self) -> None:
+        """Remove the folder of programs' directories, if it is empty, as it is between programs."""
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.basename(self.directory), dir_fd=self.parent)
 
     def begin(self) -> str:
         """An empty directory for a program to run in."""
@@ -154,13 +161,14 @@ class Confinement:
 
     def _try_namespaces(self) -> None:
         """All that a program needs there: the namespaces, a directory, and Python's files still readable."""
-        self._enter_namespaces()
+        self._enter_namespaces(at_end=lambda: None)
         self.enter(self.begin())
         with open(os.path.join(sysconfig.get_paths()["stdlib"], "os.py"), "rb") as file:
             file.read(1)
 
-    def _enter_namespaces(self) -> None:
-        """Become process 1 of new namespaces. The process that was called waits outside and ends with this one."""
+    def _enter_namespaces(self, at_end: Callable[[], None]) -> None:
+        """Become process 1 of new namespaces. The process that was called waits outside and ends with this one, after
+        `at_end()`."""
         uid, gid = os.geteuid(), os.getegid()
         sources = _readable_paths()
         os.umask(0o022)
@@ -171,6 +179,7 @@ class Confinement:
             for fd in (0, 1):
                 os.dup2(nowhere, fd)
             status = os.waitpid(pid, 0)[1]
+            at_end()
             os._exit(abs(os.waitstatus_to_exitcode(status)))
         _call("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
         if mapped:
@@ -386,6 +395,8 @@ def remove(directory: str) -> None:
     """Remove what a program left, however deep it nested and whatever permissions it set."""
     try:
         shutil.rmtree(directory)
+    except FileNotFoundError:
+        return
     except (OSError, RecursionError):
         subprocess.run(["chmod", "-R", "u+rwx", directory], stderr=subprocess.DEVNULL)
         subprocess.run(["rm", "-rf", directory], stderr=subprocess.DEVNULL)

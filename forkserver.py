@@ -105,6 +105,7 @@ def _serve(settings: dict[str, Any]) -> None:
     with contextlib.suppress(_ParentHasGone):
         while _read_request(inbox):
             _write_line(asdict(_attend(inbox, shelf, confinement, limits, wake)))
+    confinement.leave()  # the parent may have been killed
 
 
 class _ParentHasGone(Exception):

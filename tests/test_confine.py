@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 LOOK = """
 import json, os, sys, tempfile
 from confine import Confinement
-confinement = Confinement(tempfile.gettempdir(), 2**20, json.loads(sys.argv[1]))
+confinement = Confinement(tempfile.mkdtemp(), 2**20, json.loads(sys.argv[1]))
 directory = confinement.begin()
 pid = os.fork()
 if pid == 0:
