@@ -61,7 +61,7 @@ ROOMS = {
     ),
     "confine": (set(), set()),
     "forkserver": ({"confine"}, set()),
-    "sandbox": ({"forkserver"}, set()),
+    "sandbox": ({"confine", "forkserver"}, set()),
     "problems": ({"data.rows"}, set()),
     "judging": ({"data.rows", "problems", "sandbox"}, {"tqdm"}),
     "scoring": ({"model", "device", "checkpoint"}, {"torch"}),
