@@ -243,6 +243,10 @@ def _be_program(
     limits: Limits,
 ) -> None:
     """In the child: run the program and its check; never returns."""
+    # _steps empties this module; what is used after that, kept here
+    known = {"os": os, "sys": sys, "json": json, "REPORT_FD": REPORT_FD, "FILENAME": FILENAME}
+    report_failure, leave = types.FunctionType(_report_failure.__code__, known), os._exit
+    call = functools.partial.__call__
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -253,7 +257,7 @@ def _be_program(
         for fd, place in ((nothing, 0), (output_fd, 1), (output_fd, 2), (report_fd, REPORT_FD)):
             if fd != place:
                 os.dup2(fd, place)
-        os.closerange(REPORT_FD + 1, os.sysconf("SC_OPEN_MAX"))
+        os.closerange(REPORT_FD + 1, 256)  # this process opens few
         os.chdir(directory)
         os.environ |= {"HOME": directory, "TMPDIR": directory, "USER": "program", "LOGNAME": "program"}
         tempfile.tempdir = None
@@ -265,10 +269,6 @@ def _be_program(
             setattr(sys, f"__{name}__", stream)
         sys.argv = [FILENAME]
         sys.addaudithook(_audit)
-        # _steps empties this module; what is used after that, kept here
-        known = {"os": os, "sys": sys, "json": json, "REPORT_FD": REPORT_FD, "FILENAME": FILENAME}
-        report_failure, leave = types.FunctionType(_report_failure.__code__, known), os._exit
-        call = functools.partial.__call__
         # A row of C functions, called by C: neither the secret nor the last of them is in any frame's names.
         sorted(_steps(inbox, shelf), key=call)
     except BaseException as error:
