@@ -100,7 +100,7 @@ def restore_run(run: Run) -> bool:
     if payload["scaler"]:  # empty if the run had no use for one, on other hardware
         run.scaler.load_state_dict(payload["scaler"])
     run.step, run.best_val_loss, run.wandb_id = (payload[key] for key in ("step", "best_val_loss", "wandb_id"))
-    _set_rng_state(payload["rng"], run.device)
+    set_rng_state(payload["rng"], run.device)
     return True
 
 
@@ -122,7 +122,7 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     return state
 
 
-def _set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
     """Undo what was drawn since `rng_state`; a generator that the run did not have where it was saved is left alone."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:

@@ -5,14 +5,17 @@ Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (G
 computes GPT-2's logits. The defaults are CodeGPT-70M's sizes: 69,560,064 parameters.
 """
 
+import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-IGNORE = -1  # a target that does not count in the loss
+from attention import causal_attention
+from loss import IGNORE, PLAIN, linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -36,29 +39,51 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for up to `block_size` tokens of `batch_size` sequences."""
+    """Keys and values of the tokens seen so far, for up to `block_size` tokens of `batch_size` sequences.
 
-    def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype):
+    A `static` one takes single tokens at a place held on the device and attends over all its length behind a mask, so
+    that each step runs the same kernels on the same memory, as CUDA graphs want; the other attends over what it holds.
+    `dtype` may be another than the model's: attention of single tokens on a CPU is the faster in fp32.
+    """
+
+    def __init__(
+        self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype, static: bool = False
+    ):
         head_width = config.n_embd // config.n_head
         shape = (config.n_layer, batch_size, config.n_head, config.block_size, head_width)  # (L, B, H, T, D)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0  # tokens held
+        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.static, self.length = static, 0  # tokens held
+        self.place = torch.zeros(1, dtype=torch.int64, device=device)  # the same, on the device
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store a layer's new keys and values, (B, H, T, D) each; return all held, (B, H, length + T, D)."""
+        """Store a layer's new keys and values, (B, H, T, D) each; return all held, (B, H, length + T, D), or if static
+        the whole of the cache."""
+        if self.static and k.size(2) == 1:
+            self.keys[layer].index_copy_(2, self.place, k)
+            self.values[layer].index_copy_(2, self.place, v)
+            return self.keys[layer], self.values[layer]
         end = self.length + k.size(2)
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
-    def repeated(self, batch_size: int) -> "KVCache":
-        """A cache of `batch_size` sequences that begin with the tokens of this one, which has a single sequence."""
-        cache = KVCache.__new__(KVCache)
-        cache.keys, cache.values, cache.length = (
-            *(held.repeat_interleave(batch_size, dim=1) for held in (self.keys, self.values)),
-            self.length,
-        )
+    def mask(self, T: int, S: int) -> torch.Tensor | None:
+        """Which of `S` keys each of the newest `T` tokens sees, those up to its own place: bool, or None for all."""
+        if self.static and T == 1:
+            return torch.arange(S, device=self.place.device) <= self.place  # (S)
+        return None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=self.place.device).tril(S - T)
+
+    def advance(self, n_tokens: int) -> None:
+        self.length += n_tokens
+        self.place.fill_(self.length)
+
+    def take(self, rows: torch.Tensor) -> "KVCache":
+        """A cache of these rows of this one, which may repeat: many samples of one prompt, or those not finished."""
+        cache = copy.copy(self)
+        shape = (*self.keys.shape[:1], len(rows), *self.keys.shape[2:])
+        cache.keys, cache.values, cache.place = self.keys.new_zeros(shape), self.values.new_zeros(shape), self.place + 0
+        for new, held in ((cache.keys, self.keys), (cache.values, self.values)):
+            new[:, :, :, : self.length] = held[:, rows, :, : self.length]
         return cache
 
 
@@ -77,11 +102,11 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, S, D), S = cached + T
         S = k.size(2)
-        # A query sees the keys up to its own place. With a cache, one query sees them all and needs no mask.
-        mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=T == S and T > 1)
-        y = y.transpose(1, 2).reshape(B, T, C)
+        if cache is None or T == S > 1:
+            y = causal_attention(q.to(k.dtype), k, v, self.dropout if self.training else 0.0)
+        else:
+            y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=cache.mask(T, S))
+        y = y.to(x.dtype).transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -119,6 +144,11 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.chunked_loss = True  # never hold all logits (loss.py), or have torch make them all
+        self.kernels = PLAIN  # and these are what compile_training and compile_decoding put in place
+        self.compiled_trunk: Callable[..., torch.Tensor] | None = None
+        self.compiled_decode: Callable[..., torch.Tensor] | None = None
+        self.head: nn.Module | None = None  # in the place of wte's weights, where decoding.py put one
         self.apply(self._init_weights)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):  # GPT-2 scales what adds to the residual stream by its depth
@@ -134,31 +164,62 @@ class GPT(nn.Module):
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """tokens (B, T) ids, T <= block_size. Returns logits (B, T, V), or with targets (B, T), where IGNORE does not
         count, the mean cross-entropy in nats, an fp32 scalar."""
-        logits = self._head(self._hidden(tokens, None))
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.view(-1), ignore_index=IGNORE)
+            return self._head(self._trunk(self._embed(tokens, None), None))
+        x = (self.compiled_trunk or self._trunk)(self._embed(tokens, None), None)
+        if self.chunked_loss:
+            return linear_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten(), self.kernels)
+        logits = self._head(x)
+        return F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.view(-1).long(), ignore_index=IGNORE)
 
     def decode(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Append tokens (B, T) to the cache; returns the logits (B, V) that follow the last of them.
 
         The cached length plus T must not exceed block_size. Prefill is a call with the prompt, a step one with T = 1.
         """
-        x = self._hidden(tokens, cache)
-        cache.length += tokens.size(1)
-        return self._head(x[:, -1])
+        compiled = self.compiled_decode if cache.static and tokens.size(1) == 1 else None
+        logits = (compiled or self._decode)(tokens, cache)
+        cache.advance(tokens.size(1))
+        return logits
 
-    def _hidden(self, tokens: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
-        past = cache.length if cache is not None else 0
-        end = past + tokens.size(1)
-        assert end <= self.config.block_size, f"{end} tokens exceed block_size {self.config.block_size}"
-        x = self.drop(self.wte(tokens) + self.wpe.weight[past:end])  # (B, T, C)
+    def _decode(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        return self._head(self._trunk(self._embed(tokens, cache), cache)[:, -1])
+
+    def compile_training(self, compiled: bool = True) -> None:
+        """Compile, in place, what a training step runs; or undo that."""
+        self.compiled_trunk, self.kernels = None, PLAIN
+        self.__dict__.pop("forward", None)
+        if compiled and self.chunked_loss:
+            self.compiled_trunk, self.kernels = torch.compile(self._trunk, dynamic=False), PLAIN.compiled()
+        elif compiled:
+            self.forward = torch.compile(self.forward, dynamic=False)
+
+    def compile_decoding(self) -> None:
+        """Compile, in place, the step of one token on a static cache: on a GPU as one CUDA graph."""
+        self.compiled_decode = torch.compile(self._decode, dynamic=False, mode="reduce-overhead")
+
+    def _embed(self, tokens: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
+        past, T = cache.length if cache is not None else 0, tokens.size(1)
+        if cache is not None and cache.static and T == 1:
+            positions = self.wpe(cache.place)
+        else:
+            assert past + T <= self.config.block_size, f"{past + T} tokens exceed block_size {self.config.block_size}"
+            positions = self.wpe.weight[past : past + T]  # (T, C)
+        # A sparse gradient adds itself to the head's, where a dense one would be as large as the embedding. Not on a
+        # GPU, where that has never run.
+        sparse = self.chunked_loss and tokens.device.type == "cpu"
+        return F.embedding(tokens, self.wte.weight, sparse=sparse) + positions  # (B, T, C)
+
+    def _trunk(self, x: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # half the bytes of the residual stream
+        x = self.drop(x)
         for block in self.h:
             x = block(x, cache)
         return self.ln_f(x)  # (B, T, C)
 
     def _head(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.wte.weight)  # (..., V)
+        return F.linear(x, self.wte.weight) if self.head is None else self.head(x)  # (..., V)
 
     def n_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

@@ -12,7 +12,7 @@ the same windows would give.
 
 import doctest
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +34,7 @@ done = doctest.testmod(sys.modules["program"])
 assert done.attempted >= {}, f"only {{done.attempted}} doctests are left"
 assert not done.failed, f"{{done.failed}} of {{done.attempted}} doctests fail"
 """
+NUCLEUS = 1024  # tokens sorted for top-p before all of them are
 
 
 @dataclass(frozen=True)
@@ -113,41 +114,60 @@ def generate(
     rows = [_Row(tokenizer, stop, {tokenizer.end_of_text, *stop_ids}) for _ in range(n_samples)]
 
     def choose(logits: torch.Tensor) -> torch.Tensor:
-        logits = logits.float().index_fill(-1, banned, -torch.inf)
-        return choose_token(logits, temperature, top_k, top_p, generator)
+        return choose_token(logits.index_fill(-1, banned, -torch.inf), temperature, top_k, top_p, generator)
 
     training = model.training
     model.eval()
     steps = generate_tokens(model, tokens, choose, n_samples)
+    going, chosen = list(range(n_samples)), next(steps)  # the rows still decoded, and their next tokens
     for n in range(1, max_new_tokens + 1):
-        for index, (row, token) in enumerate(zip(rows, next(steps).tolist(), strict=True)):
-            if text := row.push(token, last=n == max_new_tokens):
+        for index, token in zip(going, chosen.tolist(), strict=True):
+            if text := rows[index].push(token, last=n == max_new_tokens):
                 on_text(index, text)
-        if all(row.done for row in rows):
+        left = [place for place, index in enumerate(going) if not rows[index].done]
+        if not left:
             break
+        if len(left) <= len(going) // 2:  # a copy of the cache pays when it leaves out many
+            going = [going[place] for place in left]
+            chosen = steps.send(torch.tensor(left, device=device))
+        else:
+            chosen = next(steps)
     model.train(training)
     return [Completion(row.text, row.raw, row.finish) for row in rows]
 
 
 def generate_tokens(
     model: GPT, tokens: torch.Tensor, choose: Callable[[torch.Tensor], torch.Tensor], n_samples: int = 1
-) -> Iterator[torch.Tensor]:
+) -> Generator[torch.Tensor, torch.Tensor | None, None]:
     """Without end, the next token of each row, (B,): `choose(logits)` of the logits (B, V) that follow `tokens` (B, T)
-    and what was chosen before. A single row of tokens is read once and continued as `n_samples`."""
+    and what was chosen before. A single row of tokens is read once and continued as `n_samples`. Sending the places of
+    rows, int64, goes on with these alone."""
     block_size, start, cache = model.config.block_size, -1, None
     while True:
         with torch.inference_mode():
             moved = window_start(tokens.size(1), block_size) != start
             if moved:
                 start = window_start(tokens.size(1), block_size)
-                cache = KVCache(model.config, len(tokens), tokens.device, model.wte.weight.dtype)
+                cache = new_cache(model, len(tokens))
             logits = model.decode(tokens[:, start:] if moved else tokens[:, -1:], cache)
             if len(tokens) < n_samples:
-                cache = cache.repeated(n_samples)
+                cache = cache.take(torch.zeros(n_samples, dtype=torch.int64, device=tokens.device))
                 logits, tokens = logits.expand(n_samples, -1), tokens.expand(n_samples, -1)
             chosen = choose(logits)
             tokens = torch.cat((tokens, chosen[:, None]), dim=1)
-        yield chosen
+        rows = yield chosen
+        if rows is not None:
+            with torch.inference_mode():
+                cache, tokens, n_samples = cache.take(rows), tokens[rows], len(rows)
+
+
+def new_cache(model: GPT, batch_size: int) -> KVCache:
+    """An empty cache of the kind that is fast where the model is. On a GPU each kernel's launch costs: one of static
+    shape. On a CPU attention over all its places would, and so does bf16, for single tokens: 2 to 6 times."""
+    weight = model.wpe.weight
+    on_gpu = weight.device.type == "cuda"
+    dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
+    return KVCache(model.config, batch_size, weight.device, dtype, static=on_gpu)
 
 
 def window_start(n_tokens: int, block_size: int) -> int:
@@ -162,16 +182,34 @@ def choose_token(
     """A token for each row of logits (B, V): the likeliest at temperature 0, else drawn after top-k, then top-p."""
     if temperature < 1e-6:  # smaller ones overflow
         return logits.argmax(-1)
-    logits = logits / temperature
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    probabilities = logits.softmax(-1)
+    ids = None
+    if top_k is not None and top_k < logits.size(-1):
+        logits, ids = logits.topk(top_k)  # ordered, the likeliest first
+    probabilities = (logits.float() / temperature).softmax(-1)
     if top_p is not None:
-        ordered, order = probabilities.sort(descending=True)
-        outside = ordered.cumsum(-1) - ordered > top_p  # the tokens before it are enough; the first always stays
-        probabilities = probabilities.scatter(-1, order, ordered.masked_fill(outside, 0.0))
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        if ids is None:
+            probabilities, ids = _likeliest(probabilities, top_p)
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(before > top_p, 0.0)  # those before it are enough; the first stays
+    chosen = draw(probabilities, generator)
+    return chosen if ids is None else ids.gather(-1, chosen[:, None])[:, 0]
+
+
+def draw(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A place for each row of probabilities (B, K), which need not add up to one: where a uniform number falls in their
+    running sum. torch.multinomial draws a number for each of the K instead."""
+    sums = probabilities.double().cumsum(-1)
+    uniform = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device, generator=generator)
+    return torch.searchsorted(sums, uniform * sums[:, -1:], right=True).clamp_(max=sums.size(-1) - 1)[:, 0]
+
+
+def _likeliest(probabilities: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """At least the likeliest tokens that make up `top_p` of probabilities (B, V), ordered: theirs, and their ids.
+    Few do as a rule; a row that needs more has all of them sorted."""
+    likeliest, ids = probabilities.topk(min(NUCLEUS, probabilities.size(-1)))
+    if bool((likeliest.sum(-1) < top_p).any()):
+        likeliest, ids = probabilities.sort(descending=True)
+    return likeliest, ids
 
 
 class _Row:

@@ -11,6 +11,7 @@ and started again ends with the same weights, bit for bit, as one that was not.
 
 import dataclasses
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -22,10 +23,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from checkpoint import Run, keep_best, load, require_same, restore_run, rng_state, save_run
+from checkpoint import Run, keep_best, load, require_same, restore_run, rng_state, save_run, set_rng_state
 from config import format_config, run_stage
 from dataloader import Loader
-from device import autocast, peak_flops, peak_memory_bytes, resolve_device, resolve_dtype
+from device import autocast, keep_freed_memory, peak_flops, peak_memory_bytes, resolve_device, resolve_dtype
 from eval_perplexity import evaluate_loss
 from interruption import Interruption
 from metrics import MetricsLog, Throughput, start_wandb
@@ -41,7 +42,7 @@ class TrainConfig(GPTConfig):
     dataset: str = "local"  # shards to train on: a folder under data/shards, or a path
     out_dir: str = "out/run"  # where checkpoints and metrics go; a run found there is continued
     init_from: str | None = None  # start from the weights of this run (a folder or a .pt file): fine-tuning
-    batch_size: int = 16  # sequences a micro-step; what fits in memory
+    batch_size: int | None = 16  # sequences a micro-step; None finds what fits in memory, which then halves it
     tokens_per_step: int = 2**19  # tokens an optimizer step, a multiple of batch_size x block_size
     max_steps: int = 5912  # optimizer steps in all
     learning_rate: float = 6e-4  # the highest, at the end of the warmup
@@ -64,6 +65,7 @@ class TrainConfig(GPTConfig):
     seed: int = 1337  # of the initial weights, dropout and the order of the data
     device: str | None = None  # cuda, mps or cpu; None takes the best there is
     dtype: str | None = None  # of the matrix products: float32, bfloat16, float16; None takes the device's native one
+    chunked_loss: bool = True  # the loss by chunks of rows (loss.py); False holds all logits at once
     compile: bool = True  # torch.compile the model; where that fails, a warning, and on without
     verify: bool = False  # compare the shards' checksums before starting
     wandb_log: bool = False  # log to Weights & Biases too
@@ -84,7 +86,7 @@ class TrainConfig(GPTConfig):
             raise ValueError(f"beta1 is {self.beta1}, beta2 {self.beta2}; both must be at least 0 and below 1")
         if self.sample_interval is not None and not self.sample_prompt:
             raise ValueError("sample_prompt is empty; give it a character, or set --sample_interval=None")
-        micro_tokens = self.batch_size * self.block_size
+        micro_tokens = (self.batch_size or 1) * self.block_size
         if self.tokens_per_step % micro_tokens:
             nearest = max(1, round(self.tokens_per_step / micro_tokens)) * micro_tokens
             raise ValueError(
@@ -104,6 +106,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     val_stream = shards.split("val")
     Loader(val_stream, config.block_size, 1, config.seed)  # too short a split fails now, not at the first evaluation
     run = start_run(config, shards)
+    if config.batch_size is None:
+        run.config = config = dataclasses.replace(config, batch_size=fitting_batch_size(run))
+        print(f"batch_size: {config.batch_size}")
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     wandb_run = None
@@ -117,7 +122,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     )
     try:
         if config.compile and run.step < config.max_steps:
-            compile_model(run)
+            compile_model(run, out_dir / "compile_cache")
         with start_scoring(config) as scoring:
             figures = train_loop(run, loader, val_stream, metrics, scoring)
     except torch.OutOfMemoryError:
@@ -145,7 +150,7 @@ def train_loop(
             rng = rng_state(run.device)
             with meter:
                 lr = learning_rate(run.step, config)
-                result = train_step(run, loader.batch(run.step), lr, interruption)
+                result = step_that_fits(run, loader.batch(run.step), lr, interruption)
                 if result is None:
                     save_run(run, rng)  # the run, and with `rng` its randomness, stand where the step began
                     interruption.leave(f"saved step {run.step} in {config.out_dir}; the same command goes on")
@@ -233,6 +238,50 @@ def train_step(
     return mean_loss, grad_norm
 
 
+def step_that_fits(
+    run: Run, batch: tuple[torch.Tensor, torch.Tensor], lr: float, interrupted: Callable[[], bool]
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """`train_step`, which running out of memory repeats, from the same state, with a batch_size half as large."""
+    rng = rng_state(run.device)
+    while True:
+        try:
+            return train_step(run, batch, lr, interrupted)
+        except torch.OutOfMemoryError:
+            if run.config.batch_size == 1:
+                raise
+        run.optimizer.zero_grad(set_to_none=True)
+        set_rng_state(rng, run.device)
+        torch.cuda.empty_cache()
+        run.config = dataclasses.replace(run.config, batch_size=smaller_divisor(run.config.batch_size))
+        tqdm.write(f"warning: out of memory; going on with --batch_size={run.config.batch_size}", file=sys.stderr)
+
+
+def smaller_divisor(n: int) -> int:
+    """The largest divisor of `n` that is at most half of it."""
+    return next(n // d for d in range(2, n + 1) if n % d == 0)
+
+
+def fitting_batch_size(run: Run) -> int:
+    """The largest number of sequences a micro-step, a divisor of those of a step, that fits in a GPU's memory as two
+    trials foretell it; no more tokens than keep a GPU busy, or a CPU's caches useful."""
+    sequences = run.config.tokens_per_step // run.config.block_size
+    most = max(1, (2**16 if run.device.type == "cuda" else 2**12) // run.config.block_size)
+    if run.device.type == "cuda":
+        peaks = [_peak_of_micro_step(run, batch_size) for batch_size in (1, 2)]
+        free, _ = torch.cuda.mem_get_info(run.device)
+        adam_bytes = 8 * run.model.n_parameters()  # not there before the first step
+        room = 0.9 * (free + torch.cuda.memory_reserved(run.device)) - adam_bytes - peaks[0]
+        most = max(1, min(most, 1 + int(room / max(1, peaks[1] - peaks[0]))))
+    return max(n for n in range(1, sequences + 1) if sequences % n == 0 and n <= most)
+
+
+def _peak_of_micro_step(run: Run, batch_size: int) -> int:
+    """The most bytes that a micro-step holds on a GPU, parameters and gradients included."""
+    torch.cuda.reset_peak_memory_stats(run.device)
+    try_micro_step(run, batch_size)
+    return torch.cuda.max_memory_allocated(run.device)
+
+
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Linear rise to `learning_rate` over `warmup_steps`, then half a cosine down to `min_lr` at `max_steps`."""
     if step < config.warmup_steps:
@@ -274,8 +323,11 @@ def start_run(config: TrainConfig, shards: Shards) -> Run:
     """
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(config.seed)
     model = GPT(config).to(device)
+    model.chunked_loss = config.chunked_loss
     optimizer = make_optimizer(model, config, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     tokenizer = Tokenizer.from_json(shards.tokenizer_json(), f"{shards.path}/tokenizer.json")
@@ -305,19 +357,27 @@ def evaluate(run: Run, stream: TokenStream) -> dict[str, Any]:
     return {"step": run.step, "tokens": run.tokens, **figures}
 
 
-def compile_model(run: Run) -> None:
-    """Compile the model in place, trying it on one micro-batch; where that fails, warn and leave it as it was."""
-    run.model.forward = torch.compile(run.model.forward, dynamic=False)
-    tokens = torch.zeros((run.config.batch_size, run.config.block_size), dtype=torch.int64, device=run.device)
+def compile_model(run: Run, cache_dir: Path) -> None:
+    """Compile the model in place, trying it on one micro-batch; where that fails, warn and leave it as it was. What was
+    compiled is kept in `cache_dir`, for when the run goes on on another machine."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir.absolute()))  # where torch looks for it
+    run.model.compile_training()
     try:
-        with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []), autocast(run.device, run.dtype):
-            run.model(tokens, tokens).backward()
+        try_micro_step(run, run.config.batch_size)
     except torch.OutOfMemoryError:
-        raise
+        run.optimizer.zero_grad(set_to_none=True)  # the first step runs out too, and finds what fits
     except Exception as error:  # no C++ compiler, an unsupported platform or Python: the compiler raises anything
-        del run.model.forward
+        run.model.compile_training(False)
+        run.optimizer.zero_grad(set_to_none=True)
         reason = str(error).strip().split("\n")[0]
         print(f"warning: torch.compile failed ({reason}); going on without it, slower", file=sys.stderr)
+
+
+def try_micro_step(run: Run, batch_size: int) -> None:
+    """A micro-step of `batch_size` sequences that leaves nothing behind, neither gradients nor used-up randomness."""
+    tokens = torch.zeros((batch_size, run.config.block_size), dtype=torch.int32, device=run.device)
+    with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []), autocast(run.device, run.dtype):
+        run.model(tokens, tokens).backward()
     run.optimizer.zero_grad(set_to_none=True)
 
 
