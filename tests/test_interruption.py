@@ -41,3 +41,14 @@ def test_what_nohup_ignores_stays_ignored():
             assert not interrupted()
     finally:
         signal.signal(signal.SIGHUP, previous)
+
+
+def test_with_patience_a_second_signal_is_noted_too():
+    """torchrun passes on to its processes what they may have had already, and they are still saving."""
+    with Interruption(patient=True) as interrupted:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interrupted()
+        with pytest.raises(SystemExit) as stop:
+            interrupted.leave(None)
+    assert stop.value.code == 128 + signal.SIGTERM

@@ -1,0 +1,119 @@
+"""Two processes of the real command, connected through gloo, against one."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import read
+from config import load_config
+from distributed import seed_rank
+from train import TrainConfig, share_out, train
+
+ROOT = Path(__file__).parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def launch(*arguments: str) -> subprocess.Popen:
+    """The command of two processes, as torchrun starts it."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*torchrun, "train.py", *arguments], cwd=ROOT, text=True, **pipes)
+
+
+def ranks(*arguments: str) -> list[subprocess.Popen]:
+    """Two processes with torchrun's variables, and not torchrun, which would pass on signals."""
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "train.py", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    variables = [{**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    return [subprocess.Popen(command, cwd=ROOT, text=True, env=env, **pipes) for env in variables]
+
+
+def events(out_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_end_with_the_weights_of_one(run_arguments, tmp_path):
+    """With micro-steps too: four sequences a process, in two; and each event, file and line is written once."""
+    settings = [*run_arguments, "--dropout=0.0", "--batch_size=2", "--max_steps=5"]
+    process = launch(*settings, f"--out_dir={tmp_path / 'two'}")
+    train(load_config(TrainConfig, [*settings, f"--out_dir={tmp_path / 'one'}"]))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert out.count("parameters, 2 x cpu") == 1 and out.count("bits per byte") == 2  # the evaluation, the end
+    one, two = (read(tmp_path / name / "last.pt") for name in ("one", "two"))
+    for name, weight in one["model"].items():
+        assert torch.allclose(weight, two["model"][name], rtol=1e-6, atol=1e-6), name
+    for a, b in zip(events(tmp_path / "one"), events(tmp_path / "two"), strict=True):
+        assert a["step"] == b["step"]
+        for key in {"loss", "grad_norm", "val_loss"} & set(a):
+            assert a[key] == pytest.approx(b[key], rel=1e-5)
+
+
+def test_a_signal_to_one_process_stops_both_and_the_same_command_goes_on(run_arguments, tmp_path):
+    settings = [
+        *run_arguments,
+        "--dropout=0.0",
+        "--max_steps=150",
+        "--eval_interval=1000",
+        "--checkpoint_interval=1000",
+    ]
+    cut, metrics = tmp_path / "cut", tmp_path / "cut" / "metrics.jsonl"
+    processes = ranks(*settings, f"--out_dir={cut}")
+    while not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGTERM)
+    (_, err), (_, other_err) = (process.communicate(timeout=30) for process in processes)
+    step = read(cut / "last.pt")["step"]
+    assert [process.returncode for process in processes] == [128, 128 + signal.SIGTERM]
+    assert 0 < step < 150 and f"saved step {step}" in err and "Traceback" not in err + other_err
+    processes = ranks(*settings, f"--out_dir={cut}")
+    train(load_config(TrainConfig, [*settings, f"--out_dir={tmp_path / 'whole'}"]))
+    for process in processes:
+        assert process.communicate(timeout=60) and process.returncode == 0
+    assert [event["step"] for event in events(cut)] == [*range(1, 151), 150]
+    one, two = (flat_weights(path) for path in (tmp_path / "whole", cut))
+    assert (one - two).norm() < 1e-5 * one.norm()
+
+
+def flat_weights(out_dir: Path) -> torch.Tensor:
+    return torch.cat([weight.flatten() for weight in read(out_dir / "last.pt")["model"].values()])
+
+
+def test_other_ranks_have_randomness_of_their_own_which_a_continued_run_repeats(monkeypatch):
+    """Rank 0's is in the checkpoint, and left alone."""
+
+    def drawn(rank: int, step: int) -> float:
+        monkeypatch.setenv("RANK", str(rank))
+        torch.manual_seed(1337)
+        seed_rank(1337, step)
+        return torch.rand(()).item()
+
+    assert len({drawn(rank, step) for rank in (1, 2) for step in (0, 1)} | {drawn(0, 0), drawn(0, 1)}) == 5
+    assert drawn(1, 5) == drawn(1, 5)
+
+
+@pytest.mark.parametrize(("world_size", "remedy"), [(3, "--tokens_per_step=192"), (16, "--tokens_per_step=512")])
+def test_a_step_that_does_not_divide_among_the_processes_is_refused(world_size, remedy, run_config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    with pytest.raises(ValueError, match=f"{world_size} processes cannot share out .*{remedy}"):
+        share_out(run_config)
+
+
+def test_a_share_smaller_than_a_micro_step_makes_a_smaller_one(run_config, monkeypatch):
+    assert share_out(run_config) == run_config
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert share_out(run_config).batch_size == 2
