@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from atomic import write_json_lines
 from checkpoint import load
+from decoding import prepare
 from device import DTYPES, resolve_device
 from model import GPT
 from problems import Problem, read_stops
@@ -30,7 +31,9 @@ def load_model(config: Any, out_dir: str) -> tuple[GPT, Tokenizer, dict[str, Any
     for parameter in model.parameters():
         weights.update(parameter.detach().cpu().numpy().tobytes())
     known = {"step": payload["step"], "tokens": payload["tokens"], "weights": weights.hexdigest()}
-    return model.to(DTYPES[config.dtype]), tokenizer, known
+    model.to(DTYPES[config.dtype])
+    prepare(model, min(config.n_samples, config.batch_size))
+    return model, tokenizer, known
 
 
 def write_samples(

@@ -53,12 +53,9 @@ class Int8Linear(nn.Module):
 @torch.no_grad()
 def prepare(model: GPT, batch_size: int = 1, quantize: str | None = None) -> None:
     """Put weights as decoding reads them in the place of the linear layers' and the head's, for about `batch_size` rows
-    at once; the embedding stays as it was. `quantize` is None or "int8". The model is for decoding alone then.
-
-    Raises ValueError for another `quantize`.
+    at once; the embedding stays as it was. `quantize` is None or one of QUANTIZATIONS. The model is for decoding alone
+    then.
     """
-    if quantize not in (None, *QUANTIZATIONS):
-        raise ValueError(f"--quantize={quantize}: not one of {', '.join(QUANTIZATIONS)}")
     device = model.wte.weight.device
     linear: Callable[..., nn.Module] | None = Int8Linear if quantize else PackedLinear if _can_pack(model) else None
     if linear is not None:

@@ -70,7 +70,7 @@ class KVCache:
     def mask(self, T: int, S: int) -> torch.Tensor | None:
         """Which of `S` keys each of the newest `T` tokens sees, those up to its own place: bool, or None for all."""
         if self.static and T == 1:
-            return torch.arange(S, device=self.place.device) <= self.place  # (S)
+            return (torch.arange(S, device=self.place.device) <= self.place)[None]  # (1, S)
         return None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=self.place.device).tril(S - T)
 
     def advance(self, n_tokens: int) -> None:

@@ -21,6 +21,7 @@ import torch
 
 from checkpoint import latest_run, load
 from config import run_stage
+from decoding import QUANTIZATIONS, prepare
 from device import DTYPES, resolve_device
 from model import GPT, KVCache
 from problems import FUNCTION_STOPS, read_stops
@@ -53,7 +54,8 @@ class SampleConfig:
     tests: str | None = None  # a file of assertions to run on each completion, instead of doctests
     seed: int = 0  # of the random draws
     device: str | None = None  # cuda, mps or cpu; None takes the best there is
-    dtype: str = "float32"  # of weights and cache: float32, bfloat16, float16
+    dtype: str = "float32"  # of weights: float32, bfloat16, float16
+    quantize: str | None = None  # int8: weights of half the bytes of bfloat16, for one to four samples
 
     def __post_init__(self) -> None:
         if self.n_samples < 1 or self.max_new_tokens < 1:
@@ -68,6 +70,8 @@ class SampleConfig:
             raise ValueError(f"--top_p={self.top_p}: must be above 0 and at most 1, or None")
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype={self.dtype}: not one of {', '.join(DTYPES)}")
+        if self.quantize not in (None, *QUANTIZATIONS):
+            raise ValueError(f"--quantize={self.quantize}: not one of {', '.join(QUANTIZATIONS)}")
         if self.verify not in (None, "doctest"):
             raise ValueError(f"--verify={self.verify}: wants doctest; assertions are given with --tests=FILE")
 
@@ -256,6 +260,7 @@ def sample(config: SampleConfig) -> list[Completion]:
     n_tokens, context = len(tokenizer.encode(prompt)), model.config.block_size
     if n_tokens > context:
         print(f"warning: the prompt has {n_tokens} tokens; the model sees the last {context}", file=sys.stderr)
+    prepare(model, config.n_samples, config.quantize)
     streaming = config.n_samples == 1 and check is None
     if streaming:
         print(prompt, end="", flush=True)

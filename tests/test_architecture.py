@@ -76,9 +76,12 @@ ROOMS = {
         },
         {"numpy", "torch"},
     ),
-    "sample": ({"config", "model", "tokenizer", "device", "checkpoint", "problems", "sandbox"}, {"torch"}),
+    "sample": (
+        {"config", "model", "decoding", "tokenizer", "device", "checkpoint", "problems", "sandbox"},
+        {"torch"},
+    ),
     "completions": (
-        {"atomic", "tokenizer", "model", "device", "checkpoint", "problems", "sample"},
+        {"atomic", "tokenizer", "model", "decoding", "device", "checkpoint", "problems", "sample"},
         {"tqdm"},
     ),
     "pass_at_k": ({"forkserver", "sandbox"}, set()),
@@ -109,6 +112,15 @@ ROOMS = {
         },
         {"torch", "tqdm"},
     ),
+    "systems": (
+        {
+            *("atomic", "tokenizer", "model", "device", "shards", "dataloader", "eval_perplexity", "sample"),
+            *("decoding", "train"),
+        },
+        {"numpy", "torch"},
+    ),
+    "turns": ({"systems"}, {"torch"}),
+    "bench": ({"config", "atomic", "decoding", "device", "shards", "train", "systems", "turns"}, set()),
 }
 
 
@@ -146,7 +158,7 @@ def test_import_arrows_point_only_where_the_plan_allows(room):
 
 def test_importing_a_stage_does_nothing_visible():
     code = (
-        "import torch; a = torch.initial_seed(); import train, sample, data.prepare; assert a == torch.initial_seed()"
+        "import torch; a = torch.initial_seed(); import bench, sample, data.prepare; assert a == torch.initial_seed()"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

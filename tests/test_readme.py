@@ -23,10 +23,14 @@ COMMANDS = [
     if line and not line.startswith("#")
 ]
 
-# What a test cannot do: download a corpus; write to Colab's mounted Drive; run the test suite from within.
+# What a test cannot do: download a corpus; write to Colab's mounted Drive; run the test suite from within; time a peer
+# that is not there, or a GPU.
 # Nor can a model of three steps write what passes: leaving with 1 is right there.
 MAY_FAIL = "python sample.py --prompt_file=task.py"
-NOT_HERE = ("hf download ", "python train.py configs/70m.py --out_dir=/content/drive/", "bash runs/test.sh")
+NOT_HERE = (
+    *("hf download ", "python train.py configs/70m.py --out_dir=/content/drive/", "bash runs/test.sh"),
+    *("python bench.py configs/70m.py --peer=", "bash runs/gpu_report.sh"),
+)
 
 SMALL_ROWS = "\nsource = 'files:data/raw/*.json.gz'\n"
 SMALL_DATA = "\npackage_bytes = 5_000\n"
@@ -81,7 +85,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_readme_commands_run(command, copy):
     if command.startswith(NOT_HERE):
-        pytest.skip("not in a test: it needs the network, a Drive, or would run this suite again")
+        pytest.skip("not in a test: it needs the network, a Drive, a peer, a GPU, or would run this suite again")
     words = shlex.split(command)
     assert words[0] in ("python", "bash")
     program = sys.executable if words[0] == "python" else words[0]

@@ -1,0 +1,30 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from attention import CHUNK, causal_attention
+
+
+@pytest.mark.parametrize("T", [1, 7, CHUNK, 2 * CHUNK + 3])
+def test_bf16_attention_on_a_cpu_and_its_gradients_are_torchs(T):
+    torch.manual_seed(0)
+    qkv = torch.randn(2, T, 3, 2, 24).bfloat16()
+    gradient = torch.randn(2, 2, T, 24)
+
+    def run(attend, tensor):
+        tensor = tensor.detach().clone().requires_grad_()
+        y = attend(*tensor.permute(2, 0, 3, 1, 4))
+        y.backward(gradient.to(y.dtype))
+        return y.detach(), tensor.grad
+
+    want = run(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), qkv.double())
+    got = run(lambda q, k, v: causal_attention(q, k, v, 0.0), qkv)
+    torchs = run(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), qkv)
+    for a, b, theirs in zip(got, want, torchs, strict=True):
+        assert (a - b).norm() < 0.02 * b.norm() + 1e-6
+        assert (a - b).norm() < 2 * (theirs - b).norm() + 1e-6, "as near to the truth as torch's own"
+
+
+def test_the_operators_are_sound_under_autograd_and_the_compiler():
+    inputs = [torch.randn(1, 2, 9, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    torch.library.opcheck(torch.ops.codegpt.chunked_attention.default, inputs, rtol=0.05, atol=0.05)

@@ -1,0 +1,69 @@
+import copy
+
+import pytest
+import torch
+
+from decoding import Int8Linear, PackedLinear, prepare
+from model import GPT, GPTConfig, KVCache
+from sample import generate_tokens
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=640)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    torch.nn.init.normal_(model.wpe.weight)  # so that greedy decoding does not end in a loop of one token
+    torch.nn.init.ones_(model.ln_f.weight)
+    return model
+
+
+def greedy(model: GPT, n_tokens: int = 100, n_samples: int = 1) -> torch.Tensor:
+    steps = generate_tokens(model, torch.arange(10)[None], lambda logits: logits.argmax(-1), n_samples)
+    return torch.stack([next(steps) for _ in range(n_tokens)], dim=1)
+
+
+@pytest.mark.parametrize("n_samples", [1, 3])
+def test_packed_weights_leave_greedy_decoding_in_fp32_unchanged(model, n_samples):
+    packed = copy.deepcopy(model)
+    prepare(packed, n_samples)
+    assert isinstance(packed.head, PackedLinear)
+    decoded = greedy(packed, n_samples=n_samples)
+    assert torch.equal(decoded, greedy(model, n_samples=n_samples)) and len(decoded.unique()) > 10
+
+
+def test_int8_weights_are_within_half_a_step_of_their_row(model):
+    rounded = copy.deepcopy(model)
+    prepare(rounded, quantize="int8")
+    assert isinstance(rounded.head, Int8Linear) and rounded.head.weight.dtype == torch.int8
+    error = rounded.head.weight * rounded.head.scale[:, None] - model.wte.weight
+    assert (error.abs() <= 0.501 * rounded.head.scale[:, None]).all()
+    x = torch.randn(2, 20, 64)
+    for rows in (x[:, :1], x):  # torch's int8 product, and the one of many rows
+        assert torch.allclose(rounded.head(rows), rows @ (model.wte.weight + error).T, atol=1e-4)
+
+
+def test_a_static_cache_gives_the_same_logits(model):
+    tokens = torch.randint(0, 640, (3, 40))
+    logits = []
+    with torch.no_grad():
+        for static in (False, True):
+            cache = KVCache(model.config, 3, tokens.device, torch.float32, static)
+            steps = [model.decode(tokens[:, :10], cache)]
+            steps += [model.decode(tokens[:, place, None], cache) for place in range(10, 30)]
+            cache = cache.take(torch.tensor([2, 0]))
+            steps += [model.decode(tokens[[2, 0], place, None], cache) for place in range(30, 40)]
+            logits.append(steps)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*logits, strict=True))
+
+
+def test_rows_that_are_left_go_on_as_they_would_have_beside_the_others(model):
+    prompts = torch.randint(0, 640, (4, 10))
+    together = generate_tokens(model, prompts, lambda logits: logits.argmax(-1))
+    apart = generate_tokens(model, prompts, lambda logits: logits.argmax(-1))
+    rows = torch.tensor([1, 3])
+    assert torch.equal(next(together), next(apart))
+    assert torch.equal(next(together)[rows], apart.send(rows))
+    for _ in range(80):  # past the context too
+        assert torch.equal(next(together)[rows], next(apart))
