@@ -61,14 +61,15 @@ def _heads(x: torch.Tensor) -> torch.Tensor:
 
 
 def _future(q: torch.Tensor) -> torch.Tensor:
-    return torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
+    """Added to scores, it hides from each of CHUNK queries the keys after its own place."""
+    return torch.full((CHUNK, CHUNK), -math.inf, dtype=q.dtype, device=q.device).triu(1)
 
 
 def _weights(q: torch.Tensor, k: torch.Tensor, future: torch.Tensor) -> torch.Tensor:
     """Softmax of the scores of `q` (N, rows, D), the last rows of `k` (N, end, D): (N, rows, end)."""
     rows = q.size(1)
     scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=1 / math.sqrt(q.size(-1)))
-    scores[:, :, -rows:].masked_fill_(future[:rows, :rows], -math.inf)
+    scores[:, :, -rows:] += future[:rows, :rows]
     return torch.softmax(scores, -1)
 
 

@@ -110,16 +110,23 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y))
 
 
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """GPT-2's form of GELU, x (1 + tanh u) / 2; compiled as x sigmoid(2 u), the same at half the cost on a CPU."""
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    y = x.float()
+    return (y * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))).to(x.dtype)
+
+
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU(approximate="tanh")  # GPT-2's own form
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.resid_dropout(self.c_proj(self.gelu(self.c_fc(x))))
+        return self.resid_dropout(self.c_proj(gelu(self.c_fc(x))))
 
 
 class Block(nn.Module):

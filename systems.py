@@ -71,7 +71,8 @@ class Ours(System):
         shards = open_dataset(config)
         self.val = shards.split("val")
         sequences = config.tokens_per_step // config.block_size
-        self.loader = Loader(shards.split("train"), config.block_size, sequences, config.seed)
+        loaded = max(sequences, 2**19 // config.block_size)  # a step of the 70M's recipe, however small a micro-step
+        self.loader = Loader(shards.split("train"), config.block_size, loaded, config.seed)
         self.run = start_run(config, shards)
         rows = self.random_ids(sequences, config.block_size + 1)  # (B, T + 1)
         self.batch = rows[:, :-1].int().to(self.device), rows[:, 1:].int().to(self.device)  # as the prefetcher's
@@ -121,7 +122,7 @@ class Ours(System):
             for step in range(steps):
                 self.loader.batch(step)
 
-        return steps * self.config.tokens_per_step / seconds(self.device, work)
+        return steps * self.loader.sequences_per_step * self.config.block_size / seconds(self.device, work)
 
     def decode(self, batch: int, n_tokens: int) -> float:
         if batch not in self.decoders:

@@ -14,6 +14,7 @@ import torch
 from checkpoint import read
 from config import load_config
 from dataloader import Loader
+from model import GPT
 from train import TrainConfig, learning_rate, make_optimizer, open_dataset, start_run, train, train_step
 
 ROOT = Path(__file__).parent.parent
@@ -238,3 +239,35 @@ def test_compiled_training_agrees_with_eager(run_config):
     assert compiled["val_loss"] == pytest.approx(eager["val_loss"], rel=1e-5)
     state = read(Path(f"{run_config.out_dir}-compiled") / "last.pt")["model"]
     assert "wte.weight" in state and not any("_orig_mod" in name for name in state)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-3)])
+def test_fifty_steps_of_the_chunked_loss_follow_the_plain_one(run_config, dtype, tolerance):
+    losses = []
+    for chunked in (True, False):
+        out_dir = f"{run_config.out_dir}-{chunked}"
+        settings = {"dtype": dtype, "chunked_loss": chunked, "max_steps": 50, "log_interval": 1, "dropout": 0.0}
+        train(dataclasses.replace(run_config, out_dir=out_dir, eval_interval=50, **settings))
+        events = map(json.loads, (Path(out_dir) / "metrics.jsonl").read_text().splitlines())
+        losses.append([event["loss"] for event in events if "loss" in event])
+    assert len(losses[0]) == 50 and losses[0][-1] < losses[0][0]
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+
+
+def test_a_batch_size_is_found_and_halved_where_memory_is_short(run_config, monkeypatch, capsys):
+    plain = train(dataclasses.replace(run_config, dropout=0.0))
+    forward, seen = GPT.forward, []
+
+    def short_of_memory(self, tokens, targets=None):
+        seen.append(len(tokens))
+        if targets is not None and self.training and len(tokens) > 2:
+            raise torch.OutOfMemoryError
+        return forward(self, tokens, targets)
+
+    monkeypatch.setattr(GPT, "forward", short_of_memory)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    found = train(dataclasses.replace(run_config, dropout=0.0, batch_size=None, out_dir=f"{run_config.out_dir}-found"))
+    sequences = run_config.tokens_per_step // run_config.block_size
+    out, err = capsys.readouterr()
+    assert f"batch_size: {sequences}\n" in out and "going on with --batch_size=2" in err
+    assert seen[0] == sequences and found["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-5)
