@@ -51,7 +51,8 @@ class KVCache:
     ):
         head_width = config.n_embd // config.n_head
         shape = (config.n_layer, batch_size, config.n_head, config.block_size, head_width)  # (L, B, H, T, D)
-        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        fresh = torch.zeros if static else torch.empty  # what is masked must not be NaN; what is not touched is free
+        self.keys, self.values = (fresh(shape, device=device, dtype=dtype) for _ in range(2))
         self.static, self.length = static, 0  # tokens held
         self.place = torch.zeros(1, dtype=torch.int64, device=device)  # the same, on the device
 
@@ -81,7 +82,8 @@ class KVCache:
         """A cache of these rows of this one, which may repeat: many samples of one prompt, or those not finished."""
         cache = copy.copy(self)
         shape = (*self.keys.shape[:1], len(rows), *self.keys.shape[2:])
-        cache.keys, cache.values, cache.place = self.keys.new_zeros(shape), self.values.new_zeros(shape), self.place + 0
+        fresh = self.keys.new_zeros if self.static else self.keys.new_empty
+        cache.keys, cache.values, cache.place = fresh(shape), fresh(shape), self.place + 0
         for new, held in ((cache.keys, self.keys), (cache.values, self.values)):
             new[:, :, :, : self.length] = held[:, rows, :, : self.length]
         return cache
