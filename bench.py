@@ -57,6 +57,8 @@ class BenchConfig(TrainConfig):
         for name in ("rounds", "steps", "micro_steps", "decode_prompt", "decode_tokens", "decode_rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.batch_size is None:
+            raise ValueError("batch_size is None; a benchmark wants a number, such as --batch_size=16")
         object.__setattr__(self, "tokens_per_step", self.micro_steps * self.batch_size * self.block_size)
         super().__post_init__()
         for part in self.parts.split(","):

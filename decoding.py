@@ -3,16 +3,18 @@
 On a CPU weights are packed once into the blocks in which oneDNN's products read them, which nn.Linear does at every
 call: 2.8 times as fast a head for one row in bf16 (docs/log.md). As int8 they take half the bytes of bf16, each output
 row with its own scale, the arithmetic as before: for a batch of one to four. Source: Dettmers et al., "LLM.int8()",
-2022, for rows scaled by their largest weight. On a GPU the step of one token is compiled, as one CUDA graph.
+2022, for rows scaled by their largest weight. On a GPU the step of one token is compiled, to be a CUDA graph: written,
+and never run.
 """
 
+import sys
 from collections.abc import Callable
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import GPT
+from model import GPT, KVCache
 
 QUANTIZATIONS = ("int8",)
 
@@ -36,9 +38,9 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, batch_size: int):
         super().__init__()
-        scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-12)  # (N)
-        self.weight = (weight.float() / scale[:, None]).round().to(torch.int8)
-        self.scale, self.bias = scale.to(weight.dtype), bias
+        self.scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-7).to(weight.dtype)  # (N)
+        steps = weight.float() / self.scale.float()[:, None]
+        self.weight, self.bias = steps.round().clamp(-127, 127).to(torch.int8), bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.size(-1))
@@ -65,7 +67,22 @@ def prepare(model: GPT, batch_size: int = 1, quantize: str | None = None) -> Non
                 if isinstance(child, nn.Linear):
                     setattr(parent, name, linear(child.weight.detach(), child.bias, batch_size))
     if device.type == "cuda":
-        model.compile_decoding()
+        compile_step(model, batch_size)
+
+
+def compile_step(model: GPT, batch_size: int) -> None:
+    """Compile the step of one token, trying it on `batch_size` rows; where that fails, warn and leave it as it was."""
+    model.compile_decoding()
+    weight = model.wpe.weight
+    cache = KVCache(model.config, batch_size, weight.device, weight.dtype, static=True)
+    try:
+        model.decode(torch.zeros((batch_size, 1), dtype=torch.int64, device=weight.device), cache)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no compiler, an unsupported platform: the compiler raises anything
+        model.compiled_decode = None
+        reason = str(error).strip().split("\n")[0]
+        print(f"warning: torch.compile failed ({reason}); decoding without it, slower", file=sys.stderr)
 
 
 def _can_pack(model: GPT) -> bool:

@@ -108,6 +108,8 @@ def seed_rank(seed: int, step: int) -> None:
 def _reduce(tensor: torch.Tensor, operation: dist.ReduceOp) -> None:
     try:
         dist.all_reduce(tensor, operation)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # as a rule the connection closed
         rank, _ = rank_and_world()
         reason = str(error).strip().split("\n")[0]

@@ -63,11 +63,13 @@ def linear_cross_entropy(
     """Mean cross-entropy in nats, an fp32 scalar, of the logits x weight^T against targets, those of IGNORE left out.
 
     x is (N, C), weight (V, C), targets (N,). The products run in x's dtype, sums and softmax in fp32. The gradients of
-    x and weight, weight's accumulated in fp32, can be taken once. `chunk_bytes` bounds the logits held at once.
+    x and weight, weight's accumulated in fp32, can be taken once. `chunk_bytes` bounds the logits of a chunk; about
+    twice that is held, and without compiled `kernels` on a GPU some fp32 copies more.
     """
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     sizes = _sizes(len(x), len(weight), x, chunk_bytes or CHUNK_BYTES.get(x.device.type, 2**27))
-    return _LinearCrossEntropy.apply(x, weight, targets, kernels, sizes, wanted)
+    with torch.autocast(x.device.type, enabled=False):
+        return _LinearCrossEntropy.apply(x, weight, targets, kernels, sizes, wanted)
 
 
 def _sizes(n_rows: int, n_columns: int, x: torch.Tensor, chunk_bytes: int) -> tuple[int, int]:

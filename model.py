@@ -55,6 +55,7 @@ class KVCache:
         self.keys, self.values = (fresh(shape, device=device, dtype=dtype) for _ in range(2))
         self.static, self.length = static, 0  # tokens held
         self.place = torch.zeros(1, dtype=torch.int64, device=device)  # the same, on the device
+        self._mark()
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store a layer's new keys and values, (B, H, T, D) each; return all held, (B, H, length + T, D), or if static
@@ -86,7 +87,13 @@ class KVCache:
         cache.keys, cache.values, cache.place = fresh(shape), fresh(shape), self.place + 0
         for new, held in ((cache.keys, self.keys), (cache.values, self.values)):
             new[:, :, :, : self.length] = held[:, rows, :, : self.length]
+        cache._mark()
         return cache
+
+    def _mark(self) -> None:
+        """Tell the compiler that a static cache stays where it is, or it makes no CUDA graph of what writes to it."""
+        for tensor in (self.keys, self.values, self.place) if self.static else ():
+            torch._dynamo.mark_static_address(tensor, guard=False)
 
 
 class CausalSelfAttention(nn.Module):
@@ -187,6 +194,8 @@ class GPT(nn.Module):
         The cached length plus T must not exceed block_size. Prefill is a call with the prompt, a step one with T = 1.
         """
         compiled = self.compiled_decode if cache.static and tokens.size(1) == 1 else None
+        if compiled is not None:
+            tokens = tokens.flatten().view(-1, 1)  # of one stride whatever it is a column of: no new compilation
         logits = (compiled or self._decode)(tokens, cache)
         cache.advance(tokens.size(1))
         return logits
@@ -225,7 +234,8 @@ class GPT(nn.Module):
         x = self.drop(x)
         for block in self.h:
             x = block(x, cache)
-        return self.ln_f(x)  # (B, T, C)
+        x = self.ln_f(x)  # (B, T, C), which autocast on a GPU makes fp32
+        return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
     def _head(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.wte.weight) if self.head is None else self.head(x)  # (..., V)

@@ -131,7 +131,8 @@ def generate(
         left = [place for place, index in enumerate(going) if not rows[index].done]
         if not left:
             break
-        if len(left) <= len(going) // 2:  # a copy of the cache pays when it leaves out many
+        # A copy of the cache pays when it leaves out many; not where each shape would be compiled anew.
+        if len(left) <= len(going) // 2 and model.compiled_decode is None:
             going = [going[place] for place in left]
             chosen = steps.send(torch.tensor(left, device=device))
         else:
@@ -202,8 +203,9 @@ def choose_token(
 def draw(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """A place for each row of probabilities (B, K), which need not add up to one: where a uniform number falls in their
     running sum. torch.multinomial draws a number for each of the K instead."""
-    sums = probabilities.double().cumsum(-1)
-    uniform = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device, generator=generator)
+    dtype = torch.float32 if probabilities.device.type == "mps" else torch.float64  # MPS has no other
+    sums = probabilities.to(dtype).cumsum(-1)
+    uniform = torch.rand(len(sums), 1, dtype=dtype, device=sums.device, generator=generator)
     return torch.searchsorted(sums, uniform * sums[:, -1:], right=True).clamp_(max=sums.size(-1) - 1)[:, 0]
 
 

@@ -93,7 +93,7 @@ class Ours(System):
             "parameters": model.n_parameters(),
             "flops_per_token": model.flops_per_token(),
             "peak_flops": peak_flops(self.device),
-            "weight_bytes": n_read * self.decoding.dtype.itemsize,
+            "weight_bytes": n_read * (1 if self.decoding.quantize == "int8" else self.decoding.dtype.itemsize),
         }
 
     def train(self, steps: int) -> float:

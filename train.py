@@ -139,8 +139,8 @@ def train_rank(config: TrainConfig) -> dict[str, Any]:
             figures = train_loop(run, loader, val_stream, metrics, scoring)
     except torch.OutOfMemoryError:
         raise ValueError(
-            "out of memory even at batch_size 1; the run is as last saved: set a smaller --block_size, --n_layer or "
-            "--n_embd in a new --out_dir, or go on with a larger device"
+            f"out of memory at batch_size {run.config.batch_size}; the run is as last saved: go on with a smaller "
+            "--batch_size (the tokens of a step stay the same), or on a larger device"
         ) from None
     if rank:
         return {}
@@ -311,9 +311,12 @@ def fitting_batch_size(run: Run, sequences: int) -> int:
     foretell it; of no more tokens than keep a GPU busy, or a CPU's caches useful."""
     most = max(1, (2**16 if run.device.type == "cuda" else 2**12) // run.config.block_size)
     if run.device.type == "cuda":
-        peaks = [_peak_of_micro_step(run, batch_size) for batch_size in (1, 2)]
+        try:
+            peaks = [_peak_of_micro_step(run, batch_size) for batch_size in (1, 2)]
+        except torch.OutOfMemoryError:
+            return 1
         free, _ = torch.cuda.mem_get_info(run.device)
-        adam_bytes = 8 * run.model.n_parameters()  # not there before the first step
+        adam_bytes = 0 if run.optimizer.state else 8 * run.model.n_parameters()  # not there before the first step
         room = 0.9 * (free + torch.cuda.memory_reserved(run.device)) - adam_bytes - peaks[0]
         most = max(1, min(most, 1 + int(room / max(1, peaks[1] - peaks[0]))))
     return max(n for n in range(1, sequences + 1) if sequences % n == 0 and n <= most)
@@ -418,9 +421,11 @@ def evaluate(run: Run, stream: TokenStream) -> dict[str, Any]:
 
 
 def compile_model(run: Run, cache_dir: Path) -> None:
-    """Compile the model in place, trying it on one micro-batch; where that fails, warn and leave it as it was. What was
-    compiled is kept in `cache_dir`, for when the run goes on on another machine."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir.absolute()))  # where torch looks for it
+    """Compile the model in place, trying it on one micro-batch; where that fails, warn and leave it as it was. On a GPU
+    what was compiled is kept in `cache_dir`, for when the run goes on on another machine: a CPU's code is for that
+    processor alone, and torch does not tell them apart."""
+    if run.device.type == "cuda":
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir.absolute()))  # where torch looks for it
     run.model.compile_training()
     try:
         try_micro_step(run, run.config.batch_size)

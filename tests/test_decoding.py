@@ -67,3 +67,19 @@ def test_rows_that_are_left_go_on_as_they_would_have_beside_the_others(model):
     assert torch.equal(next(together)[rows], apart.send(rows))
     for _ in range(80):  # past the context too
         assert torch.equal(next(together)[rows], next(apart))
+
+
+def test_steps_on_a_static_cache_are_compiled_once(model, monkeypatch):
+    """However long the text is; and a second text on a cache of the same shape is not compiled again."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(model, "compiled_decode", torch.compile(model._decode, dynamic=False, backend=backend))
+    monkeypatch.setattr("sample.new_cache", lambda m, n: KVCache(m.config, n, torch.device("cpu"), torch.float32, True))
+    decoded = greedy(model), greedy(model, n_tokens=50)
+    monkeypatch.undo()
+    assert torch.equal(decoded[0], greedy(model)) and torch.equal(decoded[1], decoded[0][:, :50])
+    assert 1 <= len(compiled) <= 2
