@@ -17,9 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from config import load_config, run_stage
 from data.prepare import PrepareConfig, prepare
+from model import GPT, GPTConfig
 from shards import Shards
 from tokenizer import END_OF_TEXT, load_tokenizer
 from train import TrainConfig
@@ -155,3 +157,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def kills(request: pytest.FixtureRequest) -> int:
     return request.config.getoption("--kills")
+
+
+@pytest.fixture(scope="module")
+def lively_model() -> GPT:
+    """Two layers at random, context 64, 640 ids; greedy decoding does not end in a loop of one token."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=640)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    torch.nn.init.normal_(model.wpe.weight)
+    torch.nn.init.ones_(model.ln_f.weight)
+    return model

@@ -4,19 +4,13 @@ import pytest
 import torch
 
 from decoding import Int8Linear, PackedLinear, prepare
-from model import GPT, GPTConfig, KVCache
+from model import GPT, KVCache
 from sample import generate_tokens
 
 
 @pytest.fixture(scope="module")
-def model() -> GPT:
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=640)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    torch.nn.init.normal_(model.wpe.weight)  # so that greedy decoding does not end in a loop of one token
-    torch.nn.init.ones_(model.ln_f.weight)
-    return model
+def model(lively_model) -> GPT:
+    return lively_model
 
 
 def greedy(model: GPT, n_tokens: int = 100, n_samples: int = 1) -> torch.Tensor:
