@@ -13,31 +13,42 @@ import torch.nn.functional as F
 CHUNK = 128  # queries at once: fewer products above the diagonal, larger products
 
 
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
-    """Each query's mean of the values up to its own place, weighted by softmax(q k / sqrt(D)): all (B, H, T, D).
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float, documents: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Each query's mean of the values up to its own place, weighted by softmax(q k / sqrt(D)): q (B, H, T, D), k and v
+    (B, K, T, D) of K heads that each serve H / K of the queries'. Returns (B, H, T, D).
 
-    `dropout` zeroes that share of the weights.
+    `dropout` zeroes that share of the weights. With `documents` (B, T) no query sees keys of another document.
     """
+    if k.size(1) < q.size(1):
+        k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))  # (B, H, T, D)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not dropout:
-        return torch.ops.codegpt.chunked_attention(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return torch.ops.codegpt.chunked_attention(q, k, v, documents)
+    if documents is None:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    mask = (documents[:, None, :, None] == documents[:, None, None, :]).tril()  # (B, 1, T, T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
 @torch.library.custom_op("codegpt::chunked_attention", mutates_args=())
-def chunked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def chunked_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None
+) -> torch.Tensor:
     shape = q.shape
     q, k, v = (_heads(t) for t in (q, k, v))  # (B H, T, D)
     y = torch.empty_like(q)
     future = _future(q)
     for start in range(0, q.size(1), CHUNK):
         end = min(start + CHUNK, q.size(1))
-        torch.bmm(_weights(q[:, start:end], k[:, :end], future), v[:, :end], out=y[:, start:end])
+        weights = _weights(q[:, start:end], k[:, :end], future, documents)
+        torch.bmm(weights, v[:, :end], out=y[:, start:end])
     return y.view(shape)
 
 
 @torch.library.custom_op("codegpt::chunked_attention_backward", mutates_args=())
 def chunked_attention_backward(
-    dy: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    dy: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     shape = q.shape
     dy, q, k, v = (_heads(t) for t in (dy, q, k, v))
@@ -47,7 +58,7 @@ def chunked_attention_backward(
     for start in range(0, q.size(1), CHUNK):
         end = min(start + CHUNK, q.size(1))
         rows, dy_rows = q[:, start:end], dy[:, start:end]
-        weights = _weights(rows, k[:, :end], future)  # (B H, rows, end)
+        weights = _weights(rows, k[:, :end], future, documents)  # (B H, rows, end)
         dv[:, :end] += weights.transpose(1, 2) @ dy_rows
         dweights = dy_rows @ v[:, :end].transpose(1, 2)
         dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
@@ -65,21 +76,26 @@ def _future(q: torch.Tensor) -> torch.Tensor:
     return torch.full((CHUNK, CHUNK), -math.inf, dtype=q.dtype, device=q.device).triu(1)
 
 
-def _weights(q: torch.Tensor, k: torch.Tensor, future: torch.Tensor) -> torch.Tensor:
+def _weights(q: torch.Tensor, k: torch.Tensor, future: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
     """Softmax of the scores of `q` (N, rows, D), the last rows of `k` (N, end, D): (N, rows, end)."""
-    rows = q.size(1)
+    rows, end = q.size(1), k.size(1)
     scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=1 / math.sqrt(q.size(-1)))
     scores[:, :, -rows:] += future[:rows, :rows]
+    if documents is not None:
+        other = documents[:, end - rows : end, None] != documents[:, None, :end]  # (B, rows, end)
+        scores.view(len(documents), -1, rows, end).masked_fill_(other[:, None], -math.inf)
     return torch.softmax(scores, -1)
 
 
 @chunked_attention.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
 @chunked_attention_backward.register_fake
-def _(dy: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _(
+    dy: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
     return tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
 
 
@@ -88,7 +104,7 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dy):
-    return torch.ops.codegpt.chunked_attention_backward(dy, *ctx.saved_tensors)
+    return *torch.ops.codegpt.chunked_attention_backward(dy, *ctx.saved_tensors), None
 
 
 chunked_attention.register_autograd(_backward, setup_context=_keep)

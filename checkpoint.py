@@ -19,18 +19,19 @@ import torch
 
 from atomic import atomic_write
 from model import GPT, GPTConfig
+from recipe import Recipe
 from tokenizer import Tokenizer
 
-FORMAT = "codegpt checkpoint 1"
+FORMAT = "codegpt checkpoint 2"
 
 
 @dataclass
 class Run:
     """A training run in progress. What `save_run` keeps of it is all that continuing exactly needs."""
 
-    config: Any  # the training settings: a GPTConfig with out_dir, seed, tokens_per_step, max_steps and more
+    config: Recipe  # with out_dir, seed and more: train.py's TrainConfig
     model: GPT
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     tokenizer: Tokenizer
     data_fingerprint: str  # of the shards it trains on
@@ -42,7 +43,7 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        return self.step * self.config.tokens_per_step
+        return self.config.tokens_before(self.step)
 
 
 def save_run(run: Run, rng: dict[str, torch.Tensor]) -> None:
@@ -56,7 +57,7 @@ def save_run(run: Run, rng: dict[str, torch.Tensor]) -> None:
         )
     payload = {
         **_weights(run),
-        "optimizer": run.optimizer.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
         "scaler": run.scaler.state_dict(),
         "rng": rng,
         "wandb_id": run.wandb_id,
@@ -81,9 +82,10 @@ def restore_run(run: Run) -> bool:
     payload = read_newest(Path(config.out_dir), set_aside=True)
     if payload is None:
         return False
-    if "optimizer" not in payload:
+    if "optimizers" not in payload:
         raise ValueError(f"{config.out_dir}/last.pt: weights alone, as in best.pt; start a new run with --init_from")
-    fixed = {**payload["model_config"], **{key: payload["config"][key] for key in ("seed", "tokens_per_step")}}
+    kept = ("seed", "tokens_per_step", "ramp_doublings", "ramp_steps", "optimizer")
+    fixed = {**payload["model_config"], **{key: payload["config"][key] for key in kept}}
     require_same(config, fixed, config.out_dir, "set the values of the run to go on, or start another with --out_dir")
     if payload["data_fingerprint"] != run.data_fingerprint:
         raise ValueError(
@@ -95,8 +97,9 @@ def restore_run(run: Run) -> bool:
             f"{config.out_dir}: at step {payload['step']}, beyond --max_steps={config.max_steps}; raise it"
         )
     run.model.load_state_dict(payload["model"])
-    groups = run.optimizer.state_dict()["param_groups"]  # with the weight decay and betas that are asked for now
-    run.optimizer.load_state_dict({"state": payload["optimizer"]["state"], "param_groups": groups})
+    for optimizer, saved in zip(run.optimizers, payload["optimizers"], strict=True):
+        groups = optimizer.state_dict()["param_groups"]  # with the weight decay and betas that are asked for now
+        optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
     if payload["scaler"]:  # empty if the run had no use for one, on other hardware
         run.scaler.load_state_dict(payload["scaler"])
     run.step, run.best_val_loss, run.wandb_id = (payload[key] for key in ("step", "best_val_loss", "wandb_id"))

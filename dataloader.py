@@ -1,6 +1,7 @@
 """Batches from token shards: a batch is a function of (seed, step, rank) alone, so resuming needs the step and nothing
 else."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -14,7 +15,8 @@ class Loader:
 
     Block i holds tokens i T .. (i + 1) T - 1, and its targets the same shifted by one; the tail that fills no block is
     left out. Each epoch visits every block once, in a permutation of its own that is computed, not stored. The blocks
-    of a step depend neither on the micro-batch size nor on the number of ranks.
+    of a step depend neither on the micro-batch size nor on the number of ranks. Where steps differ in size,
+    `tokens_before` tells how many tokens all steps before one take.
     """
 
     def __init__(
@@ -25,10 +27,12 @@ class Loader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        tokens_before: Callable[[int], int] | None = None,
     ):
         self.stream, self.block_size, self.seed = stream, block_size, seed
         self.n_blocks = (len(stream) - 1) // block_size
         self.sequences_per_step, self.rank, self.world_size = sequences_per_step, rank, world_size
+        self.tokens_before = tokens_before or (lambda step: step * sequences_per_step * block_size)
         if self.n_blocks < 1:
             raise ValueError(
                 f"{stream.name}: {len(stream)} tokens, fewer than a block of {block_size} and its last target; "
@@ -38,12 +42,12 @@ class Loader:
             raise ValueError(f"{sequences_per_step} sequences a step do not divide among {world_size} ranks")
 
     def batch(self, step: int, pinned: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of this rank in `step`: int32, (sequences_per_step / world_size, block_size) each.
+        """Inputs and targets of this rank in `step`: int32, (sequences of the step / world_size, block_size) each.
 
         `pinned` puts them where a CUDA device can fetch them by itself. Raises ValueError on an impossible id.
         """
-        first = step * self.sequences_per_step + self.rank
-        samples = np.arange(first, first + self.sequences_per_step - self.rank, self.world_size)
+        first, end = (self.tokens_before(i) // self.block_size for i in (step, step + 1))
+        samples = np.arange(first + self.rank, end, self.world_size)
         rows = np.empty((len(samples), self.block_size + 1), dtype=np.int32)  # (B, T + 1)
         self.stream.read_rows(self._blocks(samples) * self.block_size, rows)
         both = torch.empty((2, len(samples), self.block_size), dtype=torch.int32, pin_memory=pinned)

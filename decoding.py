@@ -61,8 +61,8 @@ def prepare(model: GPT, batch_size: int = 1, quantize: str | None = None) -> Non
     device = model.wte.weight.device
     linear: Callable[..., nn.Module] | None = Int8Linear if quantize else PackedLinear if _can_pack(model) else None
     if linear is not None:
-        model.head = linear(model.wte.weight.detach(), None, batch_size)
-        for parent in list(model.modules()):
+        model.head = linear(model.head_weight.detach(), None, batch_size)
+        for parent in list(model.h.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear):
                     setattr(parent, name, linear(child.weight.detach(), child.bias, batch_size))
@@ -73,7 +73,7 @@ def prepare(model: GPT, batch_size: int = 1, quantize: str | None = None) -> Non
 def compile_step(model: GPT, batch_size: int) -> None:
     """Compile the step of one token, trying it on `batch_size` rows; where that fails, warn and leave it as it was."""
     model.compile_decoding()
-    weight = model.wpe.weight
+    weight = model.wte.weight
     cache = KVCache(model.config, batch_size, weight.device, weight.dtype, static=True)
     try:
         model.decode(torch.zeros((batch_size, 1), dtype=torch.int64, device=weight.device), cache)

@@ -71,7 +71,7 @@ def evaluate_loss(
     `max_tokens` scores that many at most (one block at least), in blocks picked by a fixed permutation, so that two
     models with the same context are scored on the same text. End-of-text tokens count in the nats and hold no bytes.
     """
-    device, context = model.wpe.weight.device, model.config.block_size
+    device, context = model.wte.weight.device, model.config.block_size
     loader = Loader(stream, context, batch_size, seed=0)
     n_blocks = loader.n_blocks if max_tokens is None else max(1, min(loader.n_blocks, max_tokens // context))
     bytes_per_id = torch.from_numpy(tokenizer.bytes_per_id())

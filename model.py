@@ -1,14 +1,17 @@
-"""A decoder-only GPT in plain PyTorch: GPT-2's architecture, every size a field of GPTConfig.
+"""A decoder-only GPT in plain PyTorch: every size and every part a field of GPTConfig.
 
-Dimensions: B batch, T time (tokens), C channels (n_embd), H heads (n_head), D head width (C / H), V vocabulary.
-Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2), 2019. Given GPT-2's weights it
-computes GPT-2's logits. The defaults are CodeGPT-70M's sizes: 69,560,064 parameters.
+Dimensions: B batch, T time (tokens), C channels (n_embd), H heads (n_head), K heads of keys and values (n_kv_head),
+D head width (C / H), V vocabulary.
+Sources: Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2), 2019, whose architecture the
+defaults are, at CodeGPT-70M's sizes: 69,560,064 parameters. Given their weights it computes the logits of GPT-2, of
+StarCoder's GPTBigCode (n_kv_head=1) and of Qwen3 (rope, rms_norm, swiglu, qk_norm, bias=False); tests compare them.
 """
 
 import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -27,15 +30,41 @@ class GPTConfig:
     vocab_size: int = 100_352  # rows of the embedding: the tokenizer's ids, padded up to a multiple of 128
     dropout: float = 0.0  # probability of zeroing an activation while training
     bias: bool = True  # biases in the linear layers and layer norms
+    n_kv_head: int | None = None  # heads of keys and values, shared among n_head; 1 is multi-query, None is n_head
+    mlp_width: int | None = None  # hidden width of the MLP; None is 4 n_embd, or with swiglu 8/3 of it: as many weights
+    swiglu: bool = False  # a gated MLP, silu(gate) x up, in the place of GELU (Shazeer, 2020)
+    rms_norm: bool = False  # RMSNorm in the place of LayerNorm (Zhang and Sennrich, 2019)
+    rope_theta: float | None = None  # base of rotary positions (Su et al., 2021), such as 10000; None learns positions
+    qk_norm: bool = False  # RMSNorm of each query and key (Henry et al., 2020)
+    tied: bool = True  # the output head is the embedding
+    zero_init: bool = False  # what adds to the residual stream starts at zero
+    document_end: int | None = None  # id that ends documents, beyond which attention does not reach; None: it does
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "n_kv_head", "mlp_width"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd is {self.n_embd}, not a multiple of n_head, {self.n_head}; change either")
+        if self.n_head % self.kv_heads:
+            raise ValueError(
+                f"n_kv_head is {self.n_kv_head}, which does not divide n_head, {self.n_head}; change either"
+            )
+        if self.rope_theta is not None and (self.rope_theta <= 1 or self.head_width % 2):
+            raise ValueError(
+                f"rope_theta is {self.rope_theta}, n_embd / n_head {self.head_width}; rotary positions want a base "
+                "above 1 and heads of an even width"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+
+    @property
+    def head_width(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
 
 
 class KVCache:
@@ -49,8 +78,7 @@ class KVCache:
     def __init__(
         self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype, static: bool = False
     ):
-        head_width = config.n_embd // config.n_head
-        shape = (config.n_layer, batch_size, config.n_head, config.block_size, head_width)  # (L, B, H, T, D)
+        shape = (config.n_layer, batch_size, config.kv_heads, config.block_size, config.head_width)  # (L, B, K, T, D)
         fresh = torch.zeros if static else torch.empty  # what is masked must not be NaN; what is not touched is free
         self.keys, self.values = (fresh(shape, device=device, dtype=dtype) for _ in range(2))
         self.static, self.length = static, 0  # tokens held
@@ -58,7 +86,7 @@ class KVCache:
         self._mark()
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store a layer's new keys and values, (B, H, T, D) each; return all held, (B, H, length + T, D), or if static
+        """Store a layer's new keys and values, (B, K, T, D) each; return all held, (B, K, length + T, D), or if static
         the whole of the cache."""
         if self.static and k.size(2) == 1:
             self.keys[layer].index_copy_(2, self.place, k)
@@ -96,25 +124,64 @@ class KVCache:
             torch._dynamo.mark_static_address(tensor, guard=False)
 
 
+class RMSNorm(nn.Module):
+    """x / sqrt(mean of x^2), times a weight; computed in fp32."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), 1e-6).to(x.dtype)
+
+
+def layer_norm(config: GPTConfig) -> nn.Module:
+    return RMSNorm(config.n_embd) if config.rms_norm else nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
+def rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Turn each pair (i, i + D/2) of x (B, H, T, D) by its angle; `rotation` holds cosines and sines, (T, D/2) each."""
+    cos, sin = rotation
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+class Context(NamedTuple):
+    """What attention in all layers has in common: None where the model has no such thing."""
+
+    cache: KVCache | None
+    rotation: tuple[torch.Tensor, torch.Tensor] | None  # of the tokens' places
+    documents: torch.Tensor | None  # (B, T), which document of its row each token is in
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        kv_width = config.kv_heads * config.head_width
+        self.c_q = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_k = nn.Linear(config.n_embd, kv_width, bias=config.bias)
+        self.c_v = nn.Linear(config.n_embd, kv_width, bias=config.bias)
+        self.q_norm, self.k_norm = (RMSNorm(config.head_width) if config.qk_norm else nn.Identity() for _ in range(2))
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        q, k, v = (c(x).view(B, T, -1, C // self.n_head).transpose(1, 2) for c in (self.c_q, self.c_k, self.c_v))
+        q, k = self.q_norm(q), self.k_norm(k)  # (B, H, T, D), (B, K, T, D)
+        if context.rotation is not None:
+            q, k = rotate(q, context.rotation), rotate(k, context.rotation)
+        cache = context.cache
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # (B, H, S, D), S = cached + T
+            k, v = cache.append(self.layer, k, v)  # (B, K, S, D), S = cached + T
         S = k.size(2)
         if cache is None or T == S > 1:
-            y = causal_attention(q.to(k.dtype), k, v, self.dropout if self.training else 0.0)
+            dropout = self.dropout if self.training else 0.0
+            y = causal_attention(q.to(k.dtype), k, v, dropout, context.documents)
         else:
-            y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=cache.mask(T, S))
+            gqa = k.size(1) < self.n_head
+            y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=cache.mask(T, S), enable_gqa=gqa)
         y = y.to(x.dtype).transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -130,24 +197,27 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        width = config.mlp_width or (-(-config.n_embd * 8 // 3 // 32) * 32 if config.swiglu else 4 * config.n_embd)
+        self.c_gate = nn.Linear(config.n_embd, width, bias=config.bias) if config.swiglu else None
+        self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.resid_dropout(self.c_proj(gelu(self.c_fc(x))))
+        hidden = gelu(self.c_fc(x)) if self.c_gate is None else F.silu(self.c_gate(x)) * self.c_fc(x)
+        return self.resid_dropout(self.c_proj(hidden))
 
 
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = layer_norm(config)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = layer_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), context)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -155,20 +225,21 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output head: tied weights
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.rope_theta is None else None
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
-        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_f = layer_norm(config)
+        # None is wte's weights; decoding.py puts another one in its place
+        self.head: nn.Module | None = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.chunked_loss = True  # never hold all logits (loss.py), or have torch make them all
         self.kernels = PLAIN  # and these are what compile_training and compile_decoding put in place
         self.compiled_trunk: Callable[..., torch.Tensor] | None = None
         self.compiled_decode: Callable[..., torch.Tensor] | None = None
-        self.head: nn.Module | None = None  # in the place of wte's weights, where decoding.py put one
         self.apply(self._init_weights)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):  # GPT-2 scales what adds to the residual stream by its depth
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+                nn.init.normal_(parameter, std=0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer))
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -177,14 +248,18 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
+    @property
+    def head_weight(self) -> torch.Tensor:
+        return self.wte.weight if self.head is None else self.head.weight
+
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """tokens (B, T) ids, T <= block_size. Returns logits (B, T, V), or with targets (B, T), where IGNORE does not
         count, the mean cross-entropy in nats, an fp32 scalar."""
         if targets is None:
-            return self._head(self._trunk(self._embed(tokens, None), None))
-        x = (self.compiled_trunk or self._trunk)(self._embed(tokens, None), None)
+            return self._head(self._trunk(self._embed(tokens, None), None, self._documents(tokens)))
+        x = (self.compiled_trunk or self._trunk)(self._embed(tokens, None), None, self._documents(tokens))
         if self.chunked_loss:
-            return linear_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten(), self.kernels)
+            return linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten(), self.kernels)
         logits = self._head(x)
         return F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.view(-1).long(), ignore_index=IGNORE)
 
@@ -201,7 +276,7 @@ class GPT(nn.Module):
         return logits
 
     def _decode(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        return self._head(self._trunk(self._embed(tokens, cache), cache)[:, -1])
+        return self._head(self._trunk(self._embed(tokens, cache), cache, None)[:, -1])
 
     def compile_training(self, compiled: bool = True) -> None:
         """Compile, in place, what a training step runs; or undo that."""
@@ -218,22 +293,42 @@ class GPT(nn.Module):
 
     def _embed(self, tokens: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
         past, T = cache.length if cache is not None else 0, tokens.size(1)
-        if cache is not None and cache.static and T == 1:
-            positions = self.wpe(cache.place)
-        else:
-            assert past + T <= self.config.block_size, f"{past + T} tokens exceed block_size {self.config.block_size}"
-            positions = self.wpe.weight[past : past + T]  # (T, C)
+        assert past + T <= self.config.block_size, f"{past + T} tokens exceed block_size {self.config.block_size}"
         # A sparse gradient adds itself to the head's, where a dense one would be as large as the embedding. Not on a
         # GPU, where that has never run.
-        sparse = self.chunked_loss and tokens.device.type == "cpu"
-        return F.embedding(tokens, self.wte.weight, sparse=sparse) + positions  # (B, T, C)
+        sparse = self.chunked_loss and self.config.tied and tokens.device.type == "cpu"
+        x = F.embedding(tokens, self.wte.weight, sparse=sparse)  # (B, T, C)
+        return x if self.wpe is None else x + self._at_places(self.wpe.weight, cache, T)
 
-    def _trunk(self, x: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
+    def _at_places(self, table: torch.Tensor, cache: KVCache | None, T: int) -> torch.Tensor:
+        """The rows of `table` (block_size, ...) that belong to the places of T new tokens."""
+        if cache is not None and cache.static and T == 1:
+            return table[cache.place]
+        past = cache.length if cache is not None else 0
+        return table[past : past + T]
+
+    def _documents(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Which document of its row each token is in, (B, T) int32, if attention minds: the id that ends one begins the
+        next, as it does before a prompt."""
+        end = self.config.document_end
+        return None if end is None else (tokens == end).cumsum(1, dtype=torch.int32)
+
+    def _rotation(self, cache: KVCache | None, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Cosines and sines of rotary positions for the new tokens x (B, T, C), (T, D/2) each."""
+        if self.config.rope_theta is None:
+            return None
+        steps = torch.arange(0, 1, 2 / self.config.head_width, device=x.device)  # (D/2)
+        places = torch.arange(self.config.block_size, device=x.device)
+        angles = self._at_places(places, cache, x.size(1))[:, None] * self.config.rope_theta**-steps
+        return angles.cos(), angles.sin()
+
+    def _trunk(self, x: torch.Tensor, cache: KVCache | None, documents: torch.Tensor | None) -> torch.Tensor:
+        context = Context(cache, self._rotation(cache, x), documents)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # half the bytes of the residual stream
         x = self.drop(x)
         for block in self.h:
-            x = block(x, cache)
+            x = block(x, context)
         x = self.ln_f(x)  # (B, T, C), which autocast on a GPU makes fp32
         return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
@@ -247,5 +342,5 @@ class GPT(nn.Module):
         """Floating-point operations to train on one token at full context: 6 a weight in a matrix product, 12 L C T
         for attention (Chowdhery et al., PaLM, 2022, appendix B)."""
         config = self.config
-        matmul_weights = config.n_layer * 12 * config.n_embd**2 + config.vocab_size * config.n_embd
+        matmul_weights = sum(p.numel() for p in self.h.parameters() if p.dim() == 2) + self.head_weight.numel()
         return 6 * matmul_weights + 12 * config.n_layer * config.n_embd * config.block_size

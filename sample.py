@@ -110,7 +110,7 @@ def generate(
     if not ids:
         raise ValueError("the prompt has no tokens; give at least one character, a newline will do")
     context = model.config.block_size
-    device = model.wpe.weight.device
+    device = model.wte.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     beyond = range(tokenizer.vocab_size, model.config.vocab_size)
     banned = torch.tensor([*tokenizer.undefined_ids(), *beyond], dtype=torch.int64, device=device)
@@ -169,7 +169,7 @@ def generate_tokens(
 def new_cache(model: GPT, batch_size: int) -> KVCache:
     """An empty cache of the kind that is fast where the model is. On a GPU each kernel's launch costs: one of static
     shape. On a CPU attention over all its places would, and so does bf16, for single tokens: 2 to 6 times."""
-    weight = model.wpe.weight
+    weight = model.wte.weight
     on_gpu = weight.device.type == "cuda"
     dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
     return KVCache(model.config, batch_size, weight.device, dtype, static=on_gpu)

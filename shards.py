@@ -69,7 +69,8 @@ class Shards:
         if language is not None and not entries:
             known = sorted({e["language"] for e in self.entries[name] if "language" in e})
             raise ValueError(f"{self.path}: no {name} shards of {language!r}; there are {', '.join(known) or 'none'}")
-        return TokenStream([self._open(entry) for entry in entries], self.vocab_size, self.path / name)
+        n_bytes = sum(entry.get("bytes", 0) for entry in entries)
+        return TokenStream([self._open(entry) for entry in entries], self.vocab_size, self.path / name, n_bytes)
 
     def _open(self, entry: dict[str, Any]) -> np.ndarray:
         path = self.path / entry["file"]
@@ -110,13 +111,18 @@ def open_shards(dataset: str) -> Shards:
 class TokenStream:
     """The tokens of a split, end to end, read through memory maps."""
 
-    def __init__(self, shards: list[np.ndarray], vocab_size: int, name: Path):
-        self.vocab_size, self.name = vocab_size, name
+    def __init__(self, shards: list[np.ndarray], vocab_size: int, name: Path, n_bytes: int = 0):
+        self.vocab_size, self.name, self.n_bytes = vocab_size, name, n_bytes
         self.shards = [np.asarray(shard) for shard in shards]  # plain arrays: slicing a memmap takes five times as long
         self.ends = np.cumsum([len(shard) for shard in shards], dtype=np.int64)  # of each shard, in the stream
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the text, on average; 0 where the shards do not tell."""
+        return self.n_bytes / max(1, len(self))
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from place `start`, int64, across shard borders. Raises ValueError on an impossible id."""

@@ -22,10 +22,11 @@ from decoding import prepare
 from device import autocast, peak_flops, peak_memory_bytes, resolve_device, resolve_dtype
 from eval_perplexity import evaluate_loss
 from model import GPT
+from recipe import learning_rate
 from sample import choose_token, generate_tokens
 from shards import write_shard
 from tokenizer import END_OF_TEXT, Tokenizer
-from train import TrainConfig, compile_model, learning_rate, open_dataset, start_run, train_step
+from train import TrainConfig, compile_model, open_dataset, start_run, train_step
 
 
 class Decoding(NamedTuple):
@@ -81,9 +82,10 @@ class Ours(System):
 
     def facts(self) -> dict[str, Any]:
         """The machine, and what rates are computed from. `weight_bytes` are those read to decode a token: all but the
-        positions'."""
+        tables of which it takes a row."""
         model = self.run.model
-        n_read = model.n_parameters() - model.wpe.weight.numel()
+        looked_up = [table for table in (model.wpe, None if self.config.tied else model.wte) if table is not None]
+        n_read = model.n_parameters() - sum(table.weight.numel() for table in looked_up)
         cuda = self.device.type == "cuda"
         return {
             "device": torch.cuda.get_device_name(self.device) if cuda else self.device.type,

@@ -32,28 +32,20 @@ from distributed import agree, average, highest, own_device, rank_0_first, rank_
 from eval_perplexity import evaluate_loss
 from interruption import Interruption
 from metrics import MetricsLog, Throughput, start_wandb
-from model import GPT, GPTConfig
+from model import GPT
 from quick_score import QuickScore
+from recipe import Recipe, learning_rate, make_optimizers
 from sample import generate
 from shards import Shards, TokenStream, open_shards
 from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class TrainConfig(GPTConfig):
+class TrainConfig(Recipe):
     dataset: str = "local"  # shards to train on: a folder under data/shards, or a path
     out_dir: str = "out/run"  # where checkpoints and metrics go; a run found there is continued
     init_from: str | None = None  # start from the weights of this run (a folder or a .pt file): fine-tuning
     batch_size: int | None = 16  # sequences a micro-step; None finds what fits in memory, which then halves it
-    tokens_per_step: int = 2**19  # tokens an optimizer step, a multiple of batch_size x block_size
-    max_steps: int = 5912  # optimizer steps in all
-    learning_rate: float = 6e-4  # the highest, at the end of the warmup
-    min_lr: float = 6e-5  # the lowest, at max_steps
-    warmup_steps: int = 222  # steps of linear rise
-    weight_decay: float = 0.01  # of the 2-D weights
-    beta1: float = 0.9  # AdamW: decay of the mean of gradients
-    beta2: float = 0.999  # AdamW: decay of the mean of their squares
-    grad_clip: float | None = 1.0  # highest norm of the gradient; None does not clip
     eval_interval: int = 250  # steps between evaluations
     eval_tokens: int = 2**20  # validation tokens an evaluation, at most
     sample_interval: int | None = 500  # steps between printed samples; None prints none
@@ -75,17 +67,12 @@ class TrainConfig(GPTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        counts = ("batch_size", "tokens_per_step", "max_steps", "eval_interval", "eval_tokens", "log_interval")
+        counts = ("batch_size", "eval_interval", "eval_tokens", "log_interval")
         for name in (*counts, "checkpoint_interval", "sample_interval", "humaneval_interval", "humaneval_first"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        for name in ("warmup_steps", "weight_decay", "min_lr", "checkpoint_minutes", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        if self.learning_rate <= 0 or (self.grad_clip is not None and self.grad_clip <= 0) or self.seed >= 2**63:
-            raise ValueError("learning_rate and grad_clip must be above 0, or grad_clip None, and seed below 2**63")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise ValueError(f"beta1 is {self.beta1}, beta2 {self.beta2}; both must be at least 0 and below 1")
+        if self.checkpoint_minutes < 0 or not 0 <= self.seed < 2**63:
+            raise ValueError("checkpoint_minutes and seed must be 0 or more, and seed below 2**63")
         if self.sample_interval is not None and not self.sample_prompt:
             raise ValueError("sample_prompt is empty; give it a character, or set --sample_interval=None")
         micro_tokens = (self.batch_size or 1) * self.block_size
@@ -115,13 +102,14 @@ def train_rank(config: TrainConfig) -> dict[str, Any]:
         print(format_config(config))
         shards = open_dataset(config)
         sequences = config.tokens_per_step // config.block_size
-        loader = Loader(shards.split("train"), config.block_size, sequences, config.seed, rank, world_size)
+        places = {"rank": rank, "world_size": world_size, "tokens_before": config.tokens_before}
+        loader = Loader(shards.split("train"), config.block_size, sequences, config.seed, **places)
         val_stream = shards.split("val")
         Loader(val_stream, config.block_size, 1, config.seed)  # too short a split fails now, not at an evaluation
         run = start_run(config, shards)
         if config.batch_size is None:
             run.config = config = dataclasses.replace(
-                config, batch_size=fitting_batch_size(run, sequences // world_size)
+                config, batch_size=fitting_batch_size(run, config.smallest_step() // world_size)
             )
             print(f"batch_size: {config.batch_size}")
     if run.step != highest(run.step):
@@ -178,7 +166,7 @@ def train_loop(
                     saved = f"saved step {run.step} in {config.out_dir}; the same command goes on"
                     interruption.leave(saved if rank == 0 else None)
                 run.step += 1
-                meter.tokens += config.tokens_per_step
+                meter.tokens += config.tokens_at(run.step - 1)
                 last = run.step == config.max_steps
                 reporting = last or run.step % config.log_interval == 0
                 saving = last or run.step % config.checkpoint_interval == 0
@@ -189,12 +177,12 @@ def train_loop(
                 continue
             bar.update()
             if reporting:
-                event = {"step": run.step, "tokens": run.tokens, "loss": loss, "lr": lr}
-                event |= {"grad_norm": grad_norm, **meter.read(), "peak_memory_bytes": peak_memory_bytes(run.device)}
+                event = {**seen(run, loader.stream), "loss": loss, "lr": lr, "grad_norm": grad_norm}
+                event |= {**meter.read(), "peak_memory_bytes": peak_memory_bytes(run.device)}
                 metrics.write(event)
                 bar.set_postfix_str(f"loss {loss:.3f}, {event['tokens_per_s']:,.0f} tokens/s", refresh=False)
             if last or run.step % config.eval_interval == 0:
-                figures = evaluate(run, val_stream)
+                figures = {**seen(run, loader.stream), **evaluate(run, val_stream)}
                 metrics.write(figures)
                 keep_best(run, figures["val_loss"])
             if config.sample_interval is not None and (last or run.step % config.sample_interval == 0):
@@ -205,7 +193,7 @@ def train_loop(
             if saving:
                 save_run(run, rng_state(run.device))
                 saved_at = time.monotonic()
-    return figures if figures or rank else evaluate(run, val_stream)
+    return figures if figures or rank else {**seen(run, loader.stream), **evaluate(run, val_stream)}
 
 
 def start_metrics(run: Run) -> MetricsLog:
@@ -253,20 +241,21 @@ def train_step(
     Returns the mean loss and the norm of the gradient before clipping, scalars on the device; or None, with the run
     untouched, if `interrupted()` came true between two micro-steps, in whichever rank.
     """
-    optimizer, scaler = run.optimizer, run.scaler
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
+        group["lr"] = lr * group["rate"]
     mean_loss = accumulate_gradients(run, batch, interrupted)
     if agree(mean_loss is None):
-        optimizer.zero_grad(set_to_none=True)
+        run.model.zero_grad(set_to_none=True)
         return None
     average([mean_loss, *(p.grad for p in run.model.parameters())])
-    scaler.unscale_(optimizer)
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
     max_norm = math.inf if run.config.grad_clip is None else run.config.grad_clip
     grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), max_norm)
-    scaler.step(optimizer)  # in fp16, not taken when a gradient overflowed
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in run.optimizers:
+        run.scaler.step(optimizer)  # in fp16, not taken when a gradient overflowed
+    run.scaler.update()
+    run.model.zero_grad(set_to_none=True)
     return mean_loss, grad_norm
 
 
@@ -294,7 +283,7 @@ def accumulate_gradients(
             if run.config.batch_size == 1:
                 raise
         loss = None  # and with it all that it holds
-        run.optimizer.zero_grad(set_to_none=True)
+        run.model.zero_grad(set_to_none=True)
         set_rng_state(rng, run.device)
         torch.cuda.empty_cache()
         run.config = dataclasses.replace(run.config, batch_size=smaller_divisor(run.config.batch_size))
@@ -316,7 +305,7 @@ def fitting_batch_size(run: Run, sequences: int) -> int:
         except torch.OutOfMemoryError:
             return 1
         free, _ = torch.cuda.mem_get_info(run.device)
-        adam_bytes = 0 if run.optimizer.state else 8 * run.model.n_parameters()  # not there before the first step
+        adam_bytes = 0 if run.optimizers[0].state else 8 * run.model.n_parameters()  # not there before the first step
         room = 0.9 * (free + torch.cuda.memory_reserved(run.device)) - adam_bytes - peaks[0]
         most = max(1, min(most, 1 + int(room / max(1, peaks[1] - peaks[0]))))
     return max(n for n in range(1, sequences + 1) if sequences % n == 0 and n <= most)
@@ -329,32 +318,11 @@ def _peak_of_micro_step(run: Run, batch_size: int) -> int:
     return torch.cuda.max_memory_allocated(run.device)
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear rise to `learning_rate` over `warmup_steps`, then half a cosine down to `min_lr` at `max_steps`."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = min(1.0, (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps))
-    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
-
-
-def make_optimizer(model: GPT, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW with decay on the 2-D weights only (Loshchilov and Hutter, 2019)."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    grouped = [id(p) for group in groups for p in group["params"]]
-    assert sorted(grouped) == sorted(map(id, parameters)), "the groups must hold each parameter once"
-    fused = device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
-
-
 def share_out(config: TrainConfig) -> TrainConfig:
     """`config` with micro-steps no larger than a rank's share of a step. Raises ValueError if the ranks' shares are not
     equal, or not whole micro-steps."""
     _, world_size = rank_and_world()
-    sequences = config.tokens_per_step // config.block_size
+    sequences = config.smallest_step()
     batch_size = max(1, min(config.batch_size or 1, sequences // world_size))
     if sequences % (world_size * batch_size):
         nearest = max(1, round(sequences / (world_size * batch_size))) * world_size * batch_size
@@ -376,6 +344,12 @@ def open_dataset(config: TrainConfig) -> Shards:
             f"{shards.path}/meta.json: vocab_size is {shards.vocab_size}, the model has {config.vocab_size}; "
             f"set --vocab_size={-(-shards.vocab_size // 128) * 128}, or prepare the data with another --tokenizer"
         )
+    end = Tokenizer.from_json(shards.tokenizer_json(), f"{shards.path}/tokenizer.json").end_of_text
+    if config.document_end not in (None, end):
+        raise ValueError(
+            f"document_end is {config.document_end}, but documents of {shards.path} end with {end}; "
+            f"set --document_end={end}"
+        )
     return shards
 
 
@@ -391,10 +365,10 @@ def start_run(config: TrainConfig, shards: Shards) -> Run:
     torch.manual_seed(config.seed)
     model = GPT(config).to(device)
     model.chunked_loss = config.chunked_loss
-    optimizer = make_optimizer(model, config, device)
+    optimizers = make_optimizers(model, config, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     tokenizer = Tokenizer.from_json(shards.tokenizer_json(), f"{shards.path}/tokenizer.json")
-    run = Run(config, model, optimizer, scaler, tokenizer, shards.fingerprint(), device, dtype)
+    run = Run(config, model, optimizers, scaler, tokenizer, shards.fingerprint(), device, dtype)
     if not restore_run(run) and config.init_from is not None:
         source, source_tokenizer, payload = load(config.init_from, device)
         where = f"--init_from={config.init_from}"
@@ -409,15 +383,21 @@ def start_run(config: TrainConfig, shards: Shards) -> Run:
 
 
 def evaluate(run: Run, stream: TokenStream) -> dict[str, Any]:
-    """Loss, perplexity and bits per byte on the validation split, as an event of metrics.jsonl."""
+    """Loss, perplexity and bits per byte on the validation split, for metrics.jsonl."""
     limits = {"batch_size": run.config.batch_size, "max_tokens": run.config.eval_tokens}
     scored = evaluate_loss(run.model, stream, run.tokenizer, dtype=run.dtype, **limits)
     tqdm.write(
         f"step {run.step}: validation loss {scored['loss']:.4f}, perplexity {scored['perplexity']:.2f}, "
         f"{scored['bits_per_byte']:.4f} bits per byte"
     )
-    figures = {"val_loss": scored["loss"], "perplexity": scored["perplexity"], "val_bpb": scored["bits_per_byte"]}
-    return {"step": run.step, "tokens": run.tokens, **figures}
+    return {"val_loss": scored["loss"], "perplexity": scored["perplexity"], "val_bpb": scored["bits_per_byte"]}
+
+
+def seen(run: Run, stream: TokenStream) -> dict[str, Any]:
+    """How far the run is, for metrics.jsonl: steps, tokens, bytes of text as `stream` has them a token, FLOPs."""
+    n_bytes = round(run.tokens * stream.bytes_per_token) if stream.bytes_per_token else None
+    flops = run.tokens * run.model.flops_per_token()
+    return {"step": run.step, "tokens": run.tokens, "bytes": n_bytes, "flops": flops}
 
 
 def compile_model(run: Run, cache_dir: Path) -> None:
@@ -430,10 +410,10 @@ def compile_model(run: Run, cache_dir: Path) -> None:
     try:
         try_micro_step(run, run.config.batch_size)
     except torch.OutOfMemoryError:
-        run.optimizer.zero_grad(set_to_none=True)  # the first step runs out too, and finds what fits
+        run.model.zero_grad(set_to_none=True)  # the first step runs out too, and finds what fits
     except Exception as error:  # no C++ compiler, an unsupported platform or Python: the compiler raises anything
         run.model.compile_training(False)
-        run.optimizer.zero_grad(set_to_none=True)
+        run.model.zero_grad(set_to_none=True)
         reason = str(error).strip().split("\n")[0]
         print(f"warning: torch.compile failed ({reason}); going on without it, slower", file=sys.stderr)
 
@@ -443,7 +423,7 @@ def try_micro_step(run: Run, batch_size: int) -> None:
     tokens = torch.zeros((batch_size, run.config.block_size), dtype=torch.int32, device=run.device)
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []), autocast(run.device, run.dtype):
         run.model(tokens, tokens.clone()).backward()  # two tensors, as in training: one would compile twice
-    run.optimizer.zero_grad(set_to_none=True)
+    run.model.zero_grad(set_to_none=True)
 
 
 def require_finite(result: tuple[torch.Tensor, torch.Tensor], run: Run) -> tuple[float, float]:

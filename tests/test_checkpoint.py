@@ -24,7 +24,7 @@ def test_a_checkpoint_holds_model_and_tokenizer_and_best_is_the_lowest_loss(trai
     assert payload["step"] == run_config.max_steps and payload["tokens"] == run_config.max_steps * 256
     assert tokenizer.sha256 == payload["tokenizer_sha256"] and not model.training
     best = checkpoint.load(str(trained), torch.device("cpu"), "best")[2]
-    assert best["best_val_loss"] == payload["best_val_loss"] and "optimizer" not in best
+    assert best["best_val_loss"] == payload["best_val_loss"] and "optimizers" not in best
     assert checkpoint.load(str(trained / "best.pt"), torch.device("cpu"))[2]["step"] == best["step"]
 
 

@@ -85,8 +85,8 @@ def test_compiled_loss_equals_eager(dtype, make, tmp_path):
 
 def test_fused_optimizer_equals_unfused(make):
     fused, plain = new_run(make("--dtype=float32")), new_run(make("--dtype=float32"))
-    assert all(group["fused"] for group in fused.optimizer.param_groups)
-    for group in plain.optimizer.param_groups:
+    assert all(group["fused"] for group in fused.optimizers[0].param_groups)
+    for group in plain.optimizers[0].param_groups:
         group["fused"] = group["foreach"] = False
     one, other = losses_on_one_batch(fused, 5), losses_on_one_batch(plain, 5)
     assert one == pytest.approx(other, rel=1e-4)

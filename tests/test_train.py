@@ -15,7 +15,8 @@ from checkpoint import read
 from config import load_config
 from dataloader import Loader
 from model import GPT
-from train import TrainConfig, learning_rate, make_optimizer, open_dataset, start_run, train, train_step
+from recipe import learning_rate, make_optimizers
+from train import TrainConfig, open_dataset, start_run, train, train_step
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,8 +31,8 @@ def assert_same_run(a: Path, b: Path) -> None:
     one, other = read(a / "last.pt"), read(b / "last.pt")
     assert one["step"] == other["step"]
     assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
-    for key, state in one["optimizer"]["state"].items():
-        assert all(torch.equal(value, other["optimizer"]["state"][key][name]) for name, value in state.items())
+    for key, state in one["optimizers"][0]["state"].items():
+        assert all(torch.equal(value, other["optimizers"][0]["state"][key][name]) for name, value in state.items())
     assert losses(a) == losses(b)
 
 
@@ -93,9 +94,10 @@ def test_what_may_change_changes_when_a_run_goes_on(run_config):
     changed = dataclasses.replace(run_config, weight_decay=0.5, beta2=0.9, batch_size=8, log_interval=5)
     run = start_run(changed, open_dataset(changed))
     assert run.step == 4
-    decayed, rest = run.optimizer.param_groups
-    assert (decayed["weight_decay"], decayed["betas"], rest["weight_decay"]) == (0.5, (0.9, 0.9), 0.0)
-    assert all(state["step"] == 4 for state in run.optimizer.state.values())
+    embeddings, rest, matrices = run.optimizers[0].param_groups
+    assert (embeddings["weight_decay"], rest["weight_decay"], matrices["weight_decay"]) == (0.5, 0.0, 0.5)
+    assert matrices["betas"] == (0.9, 0.9)
+    assert all(state["step"] == 4 for state in run.optimizers[0].state.values())
     train(changed)
 
 
@@ -127,9 +129,8 @@ def test_learning_rate_has_the_right_endpoints():
 
 def test_decay_falls_on_2d_weights_only(run_config):
     model = start_run(run_config, open_dataset(run_config)).model
-    decayed, rest = make_optimizer(model, run_config, torch.device("cpu")).param_groups
-    assert decayed["weight_decay"] == 0.01 and rest["weight_decay"] == 0.0
-    assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in rest["params"]} == {1}
+    for group in make_optimizers(model, run_config, torch.device("cpu"))[0].param_groups:
+        assert {p.dim() for p in group["params"]} == ({2} if group["weight_decay"] == 0.01 else {1})
 
 
 def test_training_lowers_the_loss_and_reports_it(run_config):
@@ -140,8 +141,10 @@ def test_training_lowers_the_loss_and_reports_it(run_config):
     events = [json.loads(line) for line in (Path(config.out_dir) / "metrics.jsonl").read_text().splitlines()]
     steps = [event for event in events if "loss" in event]
     assert [event["step"] for event in steps] == list(range(1, 61))
-    expected = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "peak_memory_bytes"}
+    expected = {"step", "tokens", "bytes", "flops", "loss", "lr", "grad_norm", "tokens_per_s", "peak_memory_bytes"}
     assert set(steps[0]) == expected and steps[-1]["tokens"] == 60 * 256
+    split = open_dataset(config).meta["splits"]["train"]
+    assert steps[-1]["bytes"] == round(60 * 256 * split["bytes"] / split["tokens"])
     assert [event["step"] for event in events if "val_bpb" in event] == [20, 40, 60]
 
 
@@ -199,13 +202,14 @@ def test_a_run_does_not_go_on_with_a_dataset_prepared_anew(run_config, corpus, t
         ("--dataset=missing", "data/shards/missing/meta.json: not found; prepare the data with"),
         ("--vocab_size=640", "meta.json: vocab_size is 512, the model has 640; set --vocab_size=512"),
         ("--vocab_size=511", "meta.json: vocab_size is 512, the model has 511; set --vocab_size=512"),
-        ("--tokens_per_step=300", "tokens_per_step is 300, not a multiple of batch_size x block_size, 128; set"),
+        ("--tokens_per_step=288", "tokens_per_step is 288, not a multiple of batch_size x block_size, 128; set"),
         ("--n_head=5", "n_embd is 32, not a multiple of n_head, 5"),
         ("--device=tpu", "--device=tpu: not a device; use cuda, cuda:1, mps or cpu"),
         ("--dtype=int8", "--dtype=int8: not one of float32, bfloat16, float16"),
         ("--init_from=nowhere", "nowhere: no such checkpoint"),
-        ("--beta1=1.5", "beta1 is 1.5, beta2 0.999; both must be"),
-        ("--seed=-1", "seed is -1; it must be 0 or more"),
+        ("--beta1=1.5", "beta1 is 1.5, beta2 0.999, momentum 0.95; each must be"),
+        ("--seed=-1", "checkpoint_minutes and seed must be 0 or more"),
+        ("--document_end=3", "document_end is 3, but documents of"),
         ("--learning_rate=1e30", "a weight is not finite|loss is nan|gradient norm nan"),
     ],
 )

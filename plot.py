@@ -1,0 +1,190 @@
+"""Pictures and a table of one or several runs, from their metrics.jsonl.
+
+    python plot.py --runs=out/tiny                                   # out/tiny/curves.svg
+    python plot.py --runs='out/tiny;out/short' --output=out/both.png     # runs beside each other
+    python plot.py --runs='out/ablation/*/seed*' --output=docs/ablation.svg --table=docs/ablation.md
+
+Drawn are learning rate, throughput, loss and perplexity, each train beside validation, and bits per byte against the
+bytes of text seen and against the time spent in training steps. Folders seed1, seed2 … of one folder are one
+experiment: the table has its mean and its spread. Needs matplotlib for pictures (pip install matplotlib).
+"""
+
+import glob
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from atomic import atomic_write
+from config import run_stage
+
+GREY = "#808080"  # readable on white and on black, as are matplotlib's own colours for lines
+SMOOTHING = 0.05  # of the training loss: the share of a run's reports that a point is the mean of
+
+
+@dataclass(frozen=True)
+class PlotConfig:
+    runs: str = "out/tiny"  # folders of runs, patterns such as out/ablation/*/seed*, joined by ;
+    output: str | None = None  # the picture, .svg or .png; None is curves.svg in the first run's folder
+    table: str | None = None  # write a Markdown table of the runs' ends to this file too
+    baseline: str | None = None  # the table's other experiments are compared with this one; None is the first
+
+    def __post_init__(self) -> None:
+        if self.output is not None and Path(self.output).suffix not in (".svg", ".png"):
+            raise ValueError(f"--output={self.output}: wants a name that ends in .svg or .png")
+
+
+class Curves(NamedTuple):
+    """A run's metrics.jsonl: its reports of training and of evaluations, in order."""
+
+    name: str
+    train: list[dict[str, Any]]
+    val: list[dict[str, Any]]
+
+    def seconds(self, tokens: list[int]) -> np.ndarray:
+        """Seconds of training steps until that many tokens were seen, evaluations and interruptions left out."""
+        seen = np.array([0, *(event["tokens"] for event in self.train)])
+        rates = np.array([event["tokens_per_s"] for event in self.train])
+        return np.interp(tokens, seen, np.concatenate([[0], np.cumsum(np.diff(seen) / rates)]))
+
+    def end(self) -> dict[str, float]:
+        """Figures of the last evaluation."""
+        last = self.val[-1]
+        figures = {key: last.get(key) for key in ("tokens", "bytes", "flops", "val_bpb")}
+        return {**figures, "seconds": float(self.seconds([last["tokens"]])[0])}
+
+
+def plot(config: PlotConfig) -> dict[str, dict[str, Any]]:
+    """Draw the runs and write their table; returns the table's rows by experiment. Raises ValueError if a run has
+    nothing to show, or matplotlib is missing."""
+    folders = [Path(found) for pattern in config.runs.split(";") for found in sorted(glob.glob(pattern.strip()))]
+    runs = [read_run(folder) for folder in dict.fromkeys(folders) if folder.is_dir()]
+    if not runs:
+        raise ValueError(f"--runs={config.runs}: no such folder; name runs that python train.py made")
+    rows = table(runs)
+    if config.baseline is not None and config.baseline not in rows:
+        raise ValueError(f"--baseline={config.baseline}: not among {', '.join(rows)}")
+    text = markdown(rows, config.baseline or next(iter(rows)))
+    print(text)
+    if config.table is not None:
+        with atomic_write(Path(config.table)) as file:
+            file.write(text + "\n")
+    output = Path(config.output) if config.output is not None else folders[0] / "curves.svg"
+    draw(runs, output)
+    print(output)
+    return rows
+
+
+def read_run(folder: Path) -> Curves:
+    """The metrics of the run in `folder`. Raises ValueError if there are none, or no evaluation yet."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{path}: not found; name the folder of a run")
+    try:
+        events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError:
+        raise ValueError(f"{path}: a line is not JSON; go on with the run, which mends it") from None
+    train = [event for event in events if "tokens_per_s" in event]
+    val = [event for event in events if "val_bpb" in event]
+    if not train or not val:
+        raise ValueError(f"{path}: no evaluation yet; wait, or set a smaller --eval_interval")
+    is_seed = folder.name.startswith("seed")
+    return Curves(folder.parent.name if is_seed else folder.name, train, val)
+
+
+def table(runs: list[Curves]) -> dict[str, dict[str, Any]]:
+    """By experiment: the means of its runs' ends, their number, and the standard deviation of bits per byte."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(run.name for run in runs):
+        ends = [run.end() for run in runs if run.name == name]
+        means = {key: statistics.mean(e[key] for e in ends) if ends[0][key] is not None else None for key in ends[0]}
+        bpb = [end["val_bpb"] for end in ends]
+        spread = statistics.stdev(bpb) if len(bpb) > 1 else None
+        rows[name] = {**means, "n": len(ends), "spread": spread}
+    return rows
+
+
+def markdown(rows: dict[str, dict[str, Any]], baseline: str) -> str:
+    """The table, each experiment's gain over `baseline` in it with its standard error."""
+    lines = [
+        f"| experiment | runs | bits per byte | less than {baseline} | bytes | tokens | FLOPs | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    base = rows[baseline]
+    for name, row in rows.items():
+        spread = "" if row["spread"] is None else f" ± {row['spread']:.4f}"
+        gain = f"{base['val_bpb'] - row['val_bpb']:+.4f}"
+        if None not in (row["spread"], base["spread"]):
+            gain += f" ± {math.sqrt(row['spread'] ** 2 / row['n'] + base['spread'] ** 2 / base['n']):.4f}"
+        n_bytes, flops = ("" if row[key] is None else f"{row[key]:.3g}" for key in ("bytes", "flops"))
+        lines.append(
+            f"| {name} | {row['n']} | {row['val_bpb']:.4f}{spread} | {'' if name == baseline else gain} | {n_bytes} | "
+            f"{row['tokens']:,.0f} | {flops} | {row['seconds']:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(runs: list[Curves], output: Path) -> None:
+    """The six pictures, in one file."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("pictures need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    grey = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY)
+    looks = {"svg.hashsalt": "codegpt", "svg.fonttype": "none", "font.size": 9, "axes.titlesize": 10}
+    names = list(dict.fromkeys(run.name for run in runs))
+    with pyplot.rc_context({**grey, **looks}):
+        figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), layout="constrained")
+        for run in runs:
+            color = f"C{names.index(run.name) % 10}"
+            first = next(other for other in runs if other.name == run.name) is run
+            draw_run(axes, run, {"color": color, "label": run.name if first else None})
+        titles = ("learning rate", "throughput, tokens/s", "loss, nats/token (thin: train)")
+        titles += ("perplexity (thin: train)", "bits per byte, validation", "bits per byte, validation")
+        below = ("tokens",) * 4 + ("bytes of text seen", "seconds of training")
+        for ax, title, label in zip(axes.flat, titles, below, strict=True):
+            ax.set(title=title, xlabel=label)
+            ax.grid(alpha=0.25, color=GREY)
+            ax.patch.set_alpha(0)
+        axes.flat[3].set_yscale("log")
+        figure.legend(loc="outside lower center", ncols=min(6, len(names)), frameon=False)
+        metadata = {"Date": None} if output.suffix == ".svg" else {}  # the same runs, the same bytes
+        with atomic_write(output, "wb") as file:
+            figure.savefig(file, format=output.suffix[1:], transparent=True, dpi=110, metadata=metadata)
+        pyplot.close(figure)
+
+
+def draw_run(axes: np.ndarray, run: Curves, style: dict[str, Any]) -> None:
+    """One run's six lines, training ones thin."""
+    thin = {**style, "linewidth": 0.8, "alpha": 0.7, "label": None}
+    tokens, val_tokens = ([event["tokens"] for event in events] for events in (run.train, run.val))
+    loss, val_loss = smooth([event["loss"] for event in run.train]), [event["val_loss"] for event in run.val]
+    bpb, dots = [event["val_bpb"] for event in run.val], {**style, "marker": ".", "label": None}
+    axes[0, 0].plot(tokens, [event["lr"] for event in run.train], **style)
+    axes[0, 1].plot(tokens, [event["tokens_per_s"] for event in run.train], **thin)
+    axes[0, 2].plot(tokens, loss, **thin)
+    axes[0, 2].plot(val_tokens, val_loss, **dots)
+    axes[1, 0].plot(tokens, np.exp(loss), **thin)
+    axes[1, 0].plot(val_tokens, np.exp(val_loss), **dots)
+    if all(event.get("bytes") is not None for event in run.val):
+        axes[1, 1].plot([event["bytes"] for event in run.val], bpb, **dots)
+    axes[1, 2].plot(run.seconds(val_tokens), bpb, **dots)
+
+
+def smooth(values: list[float]) -> np.ndarray:
+    """The mean of each value and the few before it."""
+    width = max(1, round(SMOOTHING * len(values)))
+    sums = np.cumsum([0.0, *values])
+    begins = np.maximum(0, np.arange(1, len(values) + 1) - width)
+    return (sums[1:] - sums[begins]) / (np.arange(1, len(values) + 1) - begins)
+
+
+if __name__ == "__main__":
+    run_stage(plot, PlotConfig)
