@@ -33,6 +33,18 @@ OURS = "codegpt"
 PROFILED_STEPS = 3
 UNITS = {"tflop/s": "TFLOP/s", "mfu": "MFU", "mb": "MB", "gb/s": "GB/s"}
 Figures = dict[str, dict[str, list[float]]]  # by figure, by system: a value a round
+# Settings of which the peers have the defaults alone
+OURS_ALONE = (
+    "n_kv_head",
+    "mlp_width",
+    "swiglu",
+    "rms_norm",
+    "rope_theta",
+    "qk_norm",
+    "tied",
+    "document_end",
+    "optimizer",
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,7 @@ class BenchConfig(TrainConfig):
         if self.batch_size is None:
             raise ValueError("batch_size is None; a benchmark wants a number, such as --batch_size=16")
         object.__setattr__(self, "tokens_per_step", self.micro_steps * self.batch_size * self.block_size)
+        object.__setattr__(self, "ramp_doublings", 0)
         super().__post_init__()
         for part in self.parts.split(","):
             if part not in PARTS:
@@ -246,6 +259,10 @@ def notes(config: BenchConfig, machine: dict[str, Any]) -> list[str]:
             f"nanoGPT of {config.peer} trains under autocast in {machine['dtype']}, on a CPU too, where its own "
             f"train.py would use float32; it decodes without a cache, under autocast in {config.decode_dtype}"
         )
+    ours = {name: getattr(config, name) for name in OURS_ALONE}
+    changed = [f"{name}={value}" for name, value in ours.items() if value != getattr(TrainConfig, name)]
+    if (config.peer is not None or config.hf) and changed:
+        lines.append(f"the others have GPT-2's architecture of these sizes, ours has {' '.join(changed)}")
     return lines
 
 

@@ -11,14 +11,14 @@ vocab_size = 32_768
 dropout = 0.1
 bias = True
 
-batch_size = 4
-tokens_per_step = 1024
-max_steps = 1000
+batch_size = 8
+tokens_per_step = 2048
+max_steps = 241  # 2 MB of text
 learning_rate = 6e-4
 min_lr = 6e-5
-warmup_steps = 38  # 222 of 5,912
+warmup_steps = 9  # 222 of 5,912
 weight_decay = 0.01
 
-eval_interval = 250
+eval_interval = 1_000_000
 sample_interval = None
 checkpoint_interval = 1_000_000

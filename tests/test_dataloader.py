@@ -57,6 +57,15 @@ def test_ranks_are_disjoint_and_together_make_the_single_ranks_batch():
         assert set.union(*rows) == {tuple(row) for row in alone.batch(step)[0].tolist()}
 
 
+def test_steps_that_grow_visit_the_same_blocks_in_the_same_order():
+    even = Loader(stream(5000), block_size=8, sequences_per_step=4, seed=5)
+    before = [0, 16, 32, 64, 96, 160]  # tokens
+    growing = Loader(stream(5000), 8, 8, seed=5, tokens_before=before.__getitem__)
+    batches = [growing.batch(step)[0] for step in range(5)]
+    assert [len(batch) for batch in batches] == [2, 2, 4, 4, 8]
+    assert torch.equal(torch.cat(batches), torch.cat([even.batch(step)[0] for step in range(5)]))
+
+
 def test_a_batch_is_the_same_whatever_came_before_it():
     used, fresh = (Loader(stream(5000), block_size=8, sequences_per_step=16, seed=5) for _ in range(2))
     for step in (3, 1, 100, 99):

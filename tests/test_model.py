@@ -1,10 +1,11 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
 from config import load_config
-from model import GPT, IGNORE, GPTConfig, KVCache
+from model import GPT, IGNORE, Context, GPTConfig, KVCache
 from train import TrainConfig
 
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=128)
@@ -142,6 +143,54 @@ def test_cached_logits_equal_full_forward_however_the_text_is_cut(model, pieces)
             assert torch.allclose(logits, full[:, end - 1], atol=1e-5)
 
 
+MODERN = {"swiglu": True, "rms_norm": True, "qk_norm": True, "rope_theta": 100.0, "bias": False, "n_kv_head": 1}
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_cached_logits_of_the_modern_architecture_equal_full_forward(static):
+    config = dataclasses.replace(SMALL, tied=False, **MODERN)
+    model = randomized(GPT(config))
+    tokens = torch.randint(0, 128, (3, 24))
+    full = model(tokens)
+    cache, end = KVCache(config, 3, tokens.device, torch.float32, static), 0
+    with torch.no_grad():
+        for length in [5, *[1] * 19]:
+            logits = model.decode(tokens[:, end : end + length], cache)
+            end += length
+            assert torch.allclose(logits, full[:, end - 1], atol=1e-5)
+
+
+def test_attention_does_not_reach_beyond_a_documents_end():
+    config = dataclasses.replace(SMALL, document_end=7, rope_theta=100.0)  # learned places would tell the two apart
+    model = randomized(GPT(config))
+    one, other = torch.randint(8, 128, (2, 11)), torch.randint(8, 128, (2, 12))
+    end = torch.full((2, 1), 7)
+    joined = model(torch.cat([one, end, other], 1))
+    assert torch.allclose(joined[:, :11], model(one), atol=1e-5)
+    assert torch.allclose(joined[:, 11:], model(torch.cat([end, other], 1)), atol=1e-5), "it begins what follows"
+    plain = randomized(GPT(dataclasses.replace(config, document_end=None)))
+    assert not torch.allclose(plain(torch.cat([one, end, other], 1))[:, 11:], joined[:, 11:], atol=1e-4)
+
+
+def test_zero_init_makes_blocks_that_change_nothing_at_first():
+    model = GPT(dataclasses.replace(SMALL, zero_init=True, **MODERN)).eval()
+    x = torch.randn(1, 5, 32)
+    assert torch.equal(model.h[0](x, Context(None, model._rotation(None, x), None)), x)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_of_the_chunked_loss_equal_the_plain_ones(tied):
+    torch.manual_seed(0)
+    model = GPT(dataclasses.replace(SMALL, tied=tied, **MODERN))
+    tokens, gradients = torch.randint(0, 128, (2, 24)), []
+    for chunked in (True, False):
+        model.chunked_loss = chunked
+        model.zero_grad()
+        model(tokens, tokens.roll(-1, 1)).backward()
+        gradients.append([p.grad.to_dense() for p in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients, strict=True))
+
+
 def test_ignored_targets_do_not_count(model):
     tokens, targets = torch.randint(0, 128, (2, 24)), torch.randint(0, 128, (2, 24))
     ignored = targets.clone()
@@ -158,7 +207,10 @@ def test_residual_projections_start_smaller_with_depth():
     assert model.h[3].attn.c_q.bias.abs().max() == 0
 
 
-@pytest.mark.parametrize("sizes", [{"n_embd": 450}, {"n_layer": 0}, {"dropout": 1.0}])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"n_embd": 450}, {"n_layer": 0}, {"dropout": 1.0}, {"n_kv_head": 3}, {"rope_theta": 10.0, "n_embd": 8 * 7}],
+)
 def test_impossible_sizes_are_refused(sizes):
     with pytest.raises(ValueError, match=next(iter(sizes))):
         GPTConfig(**sizes)

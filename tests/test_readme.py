@@ -29,7 +29,12 @@ COMMANDS = [
 MAY_FAIL = "python sample.py --prompt_file=task.py"
 NOT_HERE = (
     *("hf download ", "python train.py configs/70m.py --out_dir=/content/drive/", "bash runs/test.sh"),
-    *("python bench.py configs/70m.py --peer=", "bash runs/gpu_report.sh"),
+    *(
+        "python bench.py configs/70m.py --peer=",
+        "bash runs/gpu_report.sh",
+        "bash runs/gpu_recipe.sh",
+        "bash runs/ablate.sh",
+    ),
 )
 
 SMALL_ROWS = "\nsource = 'files:data/raw/*.json.gz'\n"
@@ -63,6 +68,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "configs/data/starcoder.py": SMALL_ROWS
         + "tokenizer = 'train:512'\nval_fraction = 0.3\nunknown_license = True\n",
         "configs/tiny.py": SMALL_RUN,
+        "configs/70m_fast.py": SMALL_RUN + "vocab_size = 16384\nn_embd = 32\nbatch_size = 2\ntokens_per_step = 2048\n",
         "configs/70m.py": SMALL_RUN + "vocab_size = 512\nn_embd = 32\nbatch_size = 2\ntokens_per_step = 2048\n",
     }
     for name, text in changes.items():
