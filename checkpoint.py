@@ -108,8 +108,9 @@ def restore_run(run: Run) -> bool:
 
 
 def require_same(config: GPTConfig, fixed: dict[str, Any], where: str, remedy: str) -> None:
-    """Raise ValueError naming each setting of `fixed`, dropout apart, that differs in `config`."""
-    different = {key: value for key, value in fixed.items() if getattr(config, key) != value and key != "dropout"}
+    """Raise ValueError naming each setting of `fixed` that is another in `config`; of some, weights know nothing."""
+    free = ("dropout", "zero_init", "document_end")
+    different = {key: value for key, value in fixed.items() if getattr(config, key) != value and key not in free}
     if different:
         values = ", ".join(f"{key} is {value} there, {getattr(config, key)} here" for key, value in different.items())
         raise ValueError(f"{where}: {values}; {remedy}")
@@ -170,7 +171,10 @@ def read(path: Path, mmap: bool = False) -> dict[str, Any]:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the disk's fault, not the file's
             raise
         raise ValueError(f"{path}: damaged, or not a checkpoint; name another") from None
-    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+    made_by = str(payload.get("format")) if isinstance(payload, dict) else ""
+    if made_by != FORMAT and made_by.startswith(FORMAT[:-1]):
+        raise ValueError(f"{path}: written by another version ({made_by}, not {FORMAT}); train anew with --out_dir")
+    if made_by != FORMAT:
         raise ValueError(f"{path}: a torch file, but not a checkpoint of this project; name another --out_dir")
     return payload
 

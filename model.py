@@ -50,7 +50,7 @@ class GPTConfig:
             raise ValueError(
                 f"n_kv_head is {self.n_kv_head}, which does not divide n_head, {self.n_head}; change either"
             )
-        if self.rope_theta is not None and (self.rope_theta <= 1 or self.head_width % 2):
+        if self.rope_theta is not None and (not 1 < self.rope_theta < math.inf or self.head_width % 2):
             raise ValueError(
                 f"rope_theta is {self.rope_theta}, n_embd / n_head {self.head_width}; rotary positions want a base "
                 "above 1 and heads of an even width"
@@ -255,6 +255,8 @@ class GPT(nn.Module):
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """tokens (B, T) ids, T <= block_size. Returns logits (B, T, V), or with targets (B, T), where IGNORE does not
         count, the mean cross-entropy in nats, an fp32 scalar."""
+        n_most = self.config.block_size
+        assert tokens.size(1) <= n_most, f"{tokens.size(1)} tokens exceed block_size {n_most}"
         if targets is None:
             return self._head(self._trunk(self._embed(tokens, None), None, self._documents(tokens)))
         x = (self.compiled_trunk or self._trunk)(self._embed(tokens, None), None, self._documents(tokens))
@@ -267,7 +269,9 @@ class GPT(nn.Module):
         """Append tokens (B, T) to the cache; returns the logits (B, V) that follow the last of them.
 
         The cached length plus T must not exceed block_size. Prefill is a call with the prompt, a step one with T = 1.
+        All tokens count as one document.
         """
+        assert cache.length + tokens.size(1) <= self.config.block_size, "beyond block_size"
         compiled = self.compiled_decode if cache.static and tokens.size(1) == 1 else None
         if compiled is not None:
             tokens = tokens.flatten().view(-1, 1)  # of one stride whatever it is a column of: no new compilation
@@ -292,13 +296,11 @@ class GPT(nn.Module):
         self.compiled_decode = torch.compile(self._decode, dynamic=False, mode="reduce-overhead")
 
     def _embed(self, tokens: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
-        past, T = cache.length if cache is not None else 0, tokens.size(1)
-        assert past + T <= self.config.block_size, f"{past + T} tokens exceed block_size {self.config.block_size}"
         # A sparse gradient adds itself to the head's, where a dense one would be as large as the embedding. Not on a
         # GPU, where that has never run.
         sparse = self.chunked_loss and self.config.tied and tokens.device.type == "cpu"
         x = F.embedding(tokens, self.wte.weight, sparse=sparse)  # (B, T, C)
-        return x if self.wpe is None else x + self._at_places(self.wpe.weight, cache, T)
+        return x if self.wpe is None else x + self._at_places(self.wpe.weight, cache, tokens.size(1))
 
     def _at_places(self, table: torch.Tensor, cache: KVCache | None, T: int) -> torch.Tensor:
         """The rows of `table` (block_size, ...) that belong to the places of T new tokens."""
@@ -309,7 +311,7 @@ class GPT(nn.Module):
 
     def _documents(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """Which document of its row each token is in, (B, T) int32, if attention minds: the id that ends one begins the
-        next, as it does before a prompt."""
+        next, which therefore sees it."""
         end = self.config.document_end
         return None if end is None else (tokens == end).cumsum(1, dtype=torch.int32)
 

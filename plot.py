@@ -12,6 +12,7 @@ experiment: the table has its mean and its spread. Needs matplotlib for pictures
 import glob
 import json
 import math
+import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +62,9 @@ class Curves(NamedTuple):
 def plot(config: PlotConfig) -> dict[str, dict[str, Any]]:
     """Draw the runs and write their table; returns the table's rows by experiment. Raises ValueError if a run has
     nothing to show, or matplotlib is missing."""
-    folders = [Path(found) for pattern in config.runs.split(";") for found in sorted(glob.glob(pattern.strip()))]
-    runs = [read_run(folder) for folder in dict.fromkeys(folders) if folder.is_dir()]
+    found = [Path(name) for pattern in config.runs.split(";") for name in sorted(glob.glob(pattern.strip()))]
+    folders = [folder for folder in dict.fromkeys(found) if folder.is_dir()]
+    runs = [read_run(folder) for folder in folders]
     if not runs:
         raise ValueError(f"--runs={config.runs}: no such folder; name runs that python train.py made")
     rows = table(runs)
@@ -71,9 +73,11 @@ def plot(config: PlotConfig) -> dict[str, dict[str, Any]]:
     text = markdown(rows, config.baseline or next(iter(rows)))
     print(text)
     if config.table is not None:
+        Path(config.table).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(Path(config.table)) as file:
             file.write(text + "\n")
     output = Path(config.output) if config.output is not None else folders[0] / "curves.svg"
+    output.parent.mkdir(parents=True, exist_ok=True)
     draw(runs, output)
     print(output)
     return rows
@@ -88,12 +92,13 @@ def read_run(folder: Path) -> Curves:
         events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError:
         raise ValueError(f"{path}: a line is not JSON; go on with the run, which mends it") from None
-    train = [event for event in events if "tokens_per_s" in event]
-    val = [event for event in events if "val_bpb" in event]
+    events = [event for event in events if isinstance(event, dict)]
+    train = [event for event in events if event.get("loss") is not None and "tokens_per_s" in event]
+    val = [event for event in events if event.get("val_bpb") is not None]
     if not train or not val:
         raise ValueError(f"{path}: no evaluation yet; wait, or set a smaller --eval_interval")
-    is_seed = folder.name.startswith("seed")
-    return Curves(folder.parent.name if is_seed else folder.name, train, val)
+    experiment = folder.parent if re.fullmatch(r"seed\d+", folder.name) else folder
+    return Curves(experiment.name, train, val)
 
 
 def table(runs: list[Curves]) -> dict[str, dict[str, Any]]:
@@ -101,7 +106,8 @@ def table(runs: list[Curves]) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(run.name for run in runs):
         ends = [run.end() for run in runs if run.name == name]
-        means = {key: statistics.mean(e[key] for e in ends) if ends[0][key] is not None else None for key in ends[0]}
+        known = [key for key in ends[0] if all(end[key] is not None for end in ends)]
+        means = dict.fromkeys(ends[0]) | {key: statistics.mean(end[key] for end in ends) for key in known}
         bpb = [end["val_bpb"] for end in ends]
         spread = statistics.stdev(bpb) if len(bpb) > 1 else None
         rows[name] = {**means, "n": len(ends), "spread": spread}

@@ -38,9 +38,11 @@ class Recipe(GPTConfig):
         for name in ("tokens_per_step", "max_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("warmup_steps", "weight_decay", "min_lr", "ramp_doublings", "ramp_steps"):
+        for name in ("warmup_steps", "weight_decay", "min_lr", "embedding_rate", "ramp_doublings", "ramp_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr is {self.min_lr}, above learning_rate, {self.learning_rate}; lower it")
         if self.learning_rate <= 0 or (self.grad_clip is not None and self.grad_clip <= 0):
             raise ValueError("learning_rate and grad_clip must be above 0, or grad_clip None")
         if not all(0 <= getattr(self, name) < 1 for name in ("beta1", "beta2", "momentum")):
@@ -53,15 +55,16 @@ class Recipe(GPTConfig):
                 raise ValueError(f"--{name}={getattr(self, name)}: not one of {', '.join(known)}")
         if not 0 < self.decay_share <= 1:
             raise ValueError(f"decay_share is {self.decay_share}; it must be above 0, and 1 at most")
-        smallest = self.block_size << self.ramp_doublings
+        smallest = self.block_size << min(self.ramp_doublings, 64)
         if self.tokens_per_step % smallest:
             raise ValueError(
                 f"tokens_per_step is {self.tokens_per_step}, not a multiple of {smallest}, block_size doubled "
                 f"ramp_doublings times; set --tokens_per_step={-(-self.tokens_per_step // smallest) * smallest}"
             )
-        if self.ramp_doublings and (self.ramp_steps < 1 or self.ramp_steps % self.ramp_doublings):
+        if bool(self.ramp_doublings) != bool(self.ramp_steps) or self.ramp_steps % max(1, self.ramp_doublings):
             raise ValueError(
-                f"ramp_steps is {self.ramp_steps}; it must be a multiple of ramp_doublings, {self.ramp_doublings}"
+                f"ramp_steps is {self.ramp_steps}, ramp_doublings {self.ramp_doublings}; give both or neither, and "
+                "ramp_steps as a multiple of the other"
             )
 
     def tokens_before(self, step: int) -> int:
@@ -77,9 +80,9 @@ class Recipe(GPTConfig):
         """Tokens of the step that is `step`, counted from 0."""
         return self.tokens_before(step + 1) - self.tokens_before(step)
 
-    def smallest_step(self) -> int:
-        """Sequences of the first step."""
-        return self.tokens_at(0) // self.block_size
+    def step_sizes(self) -> list[int]:
+        """Sequences of a step: of the first, and of those after each doubling."""
+        return [(self.tokens_per_step >> left) // self.block_size for left in range(self.ramp_doublings, -1, -1)]
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:

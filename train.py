@@ -109,7 +109,7 @@ def train_rank(config: TrainConfig) -> dict[str, Any]:
         run = start_run(config, shards)
         if config.batch_size is None:
             run.config = config = dataclasses.replace(
-                config, batch_size=fitting_batch_size(run, config.smallest_step() // world_size)
+                config, batch_size=fitting_batch_size(run, config.step_sizes()[-1] // world_size)
             )
             print(f"batch_size: {config.batch_size}")
     if run.step != highest(run.step):
@@ -252,8 +252,9 @@ def train_step(
         run.scaler.unscale_(optimizer)
     max_norm = math.inf if run.config.grad_clip is None else run.config.grad_clip
     grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), max_norm)
-    for optimizer in run.optimizers:
-        run.scaler.step(optimizer)  # in fp16, not taken when a gradient overflowed
+    overflowed = run.scaler.is_enabled() and not grad_norm.isfinite()  # in fp16: then no optimizer takes the step
+    for optimizer in () if overflowed else run.optimizers:
+        run.scaler.step(optimizer)
     run.scaler.update()
     run.model.zero_grad(set_to_none=True)
     return mean_loss, grad_norm
@@ -296,8 +297,8 @@ def smaller_divisor(n: int) -> int:
 
 
 def fitting_batch_size(run: Run, sequences: int) -> int:
-    """The largest micro-step, a divisor of this rank's `sequences` a step, that fits in a GPU's memory as two trials
-    foretell it; of no more tokens than keep a GPU busy, or a CPU's caches useful."""
+    """The largest micro-step into which this rank's `sequences` a step divide, and that fits in a GPU's memory as two
+    trials foretell it; of no more tokens than keep a GPU busy, or a CPU's caches useful."""
     most = max(1, (2**16 if run.device.type == "cuda" else 2**12) // run.config.block_size)
     if run.device.type == "cuda":
         try:
@@ -308,7 +309,7 @@ def fitting_batch_size(run: Run, sequences: int) -> int:
         adam_bytes = 0 if run.optimizers[0].state else 8 * run.model.n_parameters()  # not there before the first step
         room = 0.9 * (free + torch.cuda.memory_reserved(run.device)) - adam_bytes - peaks[0]
         most = max(1, min(most, 1 + int(room / max(1, peaks[1] - peaks[0]))))
-    return max(n for n in range(1, sequences + 1) if sequences % n == 0 and n <= most)
+    return max(n for n in range(1, sequences + 1) if fits_steps(run.config, n) and n <= most)
 
 
 def _peak_of_micro_step(run: Run, batch_size: int) -> int:
@@ -322,16 +323,24 @@ def share_out(config: TrainConfig) -> TrainConfig:
     """`config` with micro-steps no larger than a rank's share of a step. Raises ValueError if the ranks' shares are not
     equal, or not whole micro-steps."""
     _, world_size = rank_and_world()
-    sequences = config.smallest_step()
-    batch_size = max(1, min(config.batch_size or 1, sequences // world_size))
-    if sequences % (world_size * batch_size):
-        nearest = max(1, round(sequences / (world_size * batch_size))) * world_size * batch_size
+    first, *_, last = *config.step_sizes(), config.step_sizes()[-1]
+    batch_size = max(1, min(config.batch_size or 1, last // world_size))
+    if not fits_steps(config, batch_size):
+        nearest = max(1, round(first / (world_size * batch_size))) * world_size * batch_size
+        tokens = nearest * config.block_size << config.ramp_doublings
         raise ValueError(
-            f"tokens_per_step is {config.tokens_per_step}, {sequences} sequences, which {world_size} processes cannot "
-            f"share out in micro-steps of {batch_size}; set --tokens_per_step={nearest * config.block_size}, "
-            "or another --batch_size or --nproc_per_node"
+            f"tokens_per_step is {config.tokens_per_step}, {first} sequences at first, which {world_size} processes "
+            f"cannot share out in micro-steps of {batch_size}; set --tokens_per_step={tokens}, or another --batch_size "
+            "or --nproc_per_node"
         )
     return dataclasses.replace(config, batch_size=config.batch_size and batch_size)
+
+
+def fits_steps(config: TrainConfig, batch_size: int) -> bool:
+    """Are the ranks' shares of every step whole micro-steps, or one smaller than that?"""
+    _, world_size = rank_and_world()
+    shares = [sequences / world_size for sequences in config.step_sizes()]
+    return all(share == int(share) and share % min(batch_size, share) == 0 for share in shares)
 
 
 def open_dataset(config: TrainConfig) -> Shards:

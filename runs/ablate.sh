@@ -50,6 +50,7 @@ sizes_8k=(--vocab_size=8192 --n_embd=256 --n_layer=4)
 fast=("${sizes_16k[@]}" "${modern[@]}" --dropout=0 --optimizer=muon --learning_rate=4e-3 --embedding_rate=2
     --momentum=0.85 --beta2=0.99 --decay=linear --min_lr=0 --weight_decay=0.1)
 failed=0
+trap 'for job in $(jobs -rp); do pkill -P "$job"; done; wait; exit 1' INT TERM HUP  # or runs would go on without it
 
 one() { experiment "each/$1" ablation_32k "$bytes" --dropout=0 "${@:2}"; }  # a change to the plain recipe without dropout
 
@@ -65,7 +66,7 @@ for seed in $seeds; do
     one higher_rate --learning_rate=1.8e-3 --beta2=0.95
     one linear_to_zero --decay=linear --min_lr=0
     one small_batch --tokens_per_step=1024 --batch_size=4 --max_steps=$((2 * n)) --warmup_steps=$((n / 13))
-    one batch_ramp --ramp_doublings=2 --ramp_steps=$((n / 10 * 2)) --max_steps=$((n + n / 10 * 5 / 4)) --batch_size=2
+    one batch_ramp --ramp_doublings=2 --ramp_steps=$((n / 10 * 2)) --max_steps=$((n + n / 10 * 5 / 4))
     one all_architecture "${modern[@]}"
     one rope --rope_theta=10000
     one rms_norm --rms_norm=True

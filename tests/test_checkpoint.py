@@ -19,6 +19,12 @@ def trained(run_config: TrainConfig) -> Path:
     return Path(run_config.out_dir)
 
 
+def test_a_checkpoint_of_another_version_says_so(tmp_path):
+    torch.save({"format": "codegpt checkpoint 1"}, tmp_path / "old.pt")
+    with pytest.raises(ValueError, match=r"old.pt: written by another version \(codegpt checkpoint 1, not"):
+        checkpoint.read(tmp_path / "old.pt")
+
+
 def test_a_checkpoint_holds_model_and_tokenizer_and_best_is_the_lowest_loss(trained, run_config):
     model, tokenizer, payload = checkpoint.load(str(trained), torch.device("cpu"))
     assert payload["step"] == run_config.max_steps and payload["tokens"] == run_config.max_steps * 256

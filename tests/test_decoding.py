@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -63,8 +64,14 @@ def test_rows_that_are_left_go_on_as_they_would_have_beside_the_others(model):
         assert torch.equal(next(together)[rows], next(apart))
 
 
-def test_steps_on_a_static_cache_are_compiled_once(model, monkeypatch):
+@pytest.mark.parametrize("modern", [False, True])
+def test_steps_on_a_static_cache_are_compiled_once(modern, model, monkeypatch):
     """However long the text is; and a second text on a cache of the same shape is not compiled again."""
+    if modern:
+        parts = {"rope_theta": 100.0, "rms_norm": True, "qk_norm": True, "swiglu": True, "n_kv_head": 1}
+        model = GPT(dataclasses.replace(model.config, **parts)).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
     compiled = []
 
     def backend(graph, inputs):

@@ -25,14 +25,18 @@ def test_a_batch_ramp_doubles_at_even_distances_and_counts_its_tokens():
     sizes = [recipe.tokens_at(step) for step in range(8)]
     assert sizes == [16, 16, 32, 32, 64, 64, 128, 128]
     assert [recipe.tokens_before(step) for step in range(9)] == [sum(sizes[:step]) for step in range(9)]
-    assert recipe.smallest_step() == 1
+    assert recipe.step_sizes() == [1, 2, 4, 8]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"ramp_doublings": 4}, "tokens_per_step is 128, not a multiple of 256"),
-        ({"ramp_doublings": 2, "ramp_steps": 5}, "ramp_steps is 5; it must be a multiple of ramp_doublings, 2"),
+        ({"ramp_doublings": 20_000}, "tokens_per_step is 128, not a multiple of"),
+        ({"ramp_doublings": 2}, "ramp_steps is 0, ramp_doublings 2; give both"),
+        ({"embedding_rate": -1.0}, "embedding_rate is -1.0"),
+        ({"min_lr": 1.0}, "min_lr is 1.0, above learning_rate"),
+        ({"ramp_doublings": 2, "ramp_steps": 5}, "ramp_steps is 5, ramp_doublings 2; give both"),
         ({"optimizer": "sgd"}, "--optimizer=sgd: not one of adamw, muon"),
         ({"decay": "sqrt"}, "--decay=sqrt: not one of cosine, linear"),
         ({"decay_share": 0.0}, "decay_share is 0.0"),

@@ -224,6 +224,26 @@ def test_bad_input_is_one_line_and_leaves_no_checkpoint(change, message, run_arg
     assert not (Path(run_config.out_dir) / "last.pt").exists()
 
 
+def test_in_fp16_an_overflow_anywhere_keeps_every_optimizer_from_its_step(run_config):
+    config = dataclasses.replace(run_config, optimizer="muon", dropout=0.0)
+    run = start_run(config, open_dataset(config))
+    run.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    run.model.h[0].mlp.c_fc.weight.register_hook(lambda gradient: gradient * math.nan)
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    batch = torch.zeros(8, 32, dtype=torch.int32), torch.ones(8, 32, dtype=torch.int32)
+    scale = run.scaler.get_scale()
+    train_step(run, batch, 1e-3)
+    assert all(torch.equal(before[name], value) for name, value in run.model.state_dict().items())
+    assert run.scaler.get_scale() < scale
+
+
+def test_micro_steps_fit_the_steps_of_a_ramp(run_arguments, run_program):
+    ramp = ["--ramp_doublings=2", "--ramp_steps=4", "--max_steps=6"]  # of 2, 4 and 8 sequences
+    assert run_program(train, TrainConfig, *run_arguments, *ramp)[0] == 0
+    error = run_program(train, TrainConfig, *run_arguments, *ramp, "--tokens_per_step=768", "--batch_size=4")[2]
+    assert "768, 6 sequences at first" in error and "set --tokens_per_step=1024" in error
+
+
 def test_a_compiler_that_fails_is_one_warning_and_training_goes_on(run_config, monkeypatch, capsys):
     def no_compiler(function, **options):
         def fail(*args):
