@@ -1,4 +1,4 @@
-# A 4-layer GPT for two CPU cores: 1.5M tokens of `local` in about four minutes, to ? bits per byte.
+# A 4-layer GPT for two CPU cores: 1.2M tokens of `local` in about four minutes, to ? bits per byte.
 # The fast recipe: Qwen3's architecture, Muon, a rate that falls in a line to zero; docs/log.md has what each is worth.
 out_dir = "out/tiny"
 dataset = "local"
@@ -17,7 +17,7 @@ zero_init = True
 
 batch_size = 8
 tokens_per_step = 8 * 256
-max_steps = 732  # 1.5M tokens
+max_steps = 586  # 1.2M tokens
 optimizer = "muon"
 momentum = 0.9
 learning_rate = 4e-3
@@ -28,7 +28,7 @@ decay = "linear"
 weight_decay = 0.1
 beta2 = 0.99
 
-eval_interval = 244
+eval_interval = 200
 eval_tokens = 100_000
-sample_interval = 244
+sample_interval = 293
 checkpoint_interval = 50
