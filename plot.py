@@ -117,7 +117,7 @@ def table(runs: list[Curves]) -> dict[str, dict[str, Any]]:
 def markdown(rows: dict[str, dict[str, Any]], baseline: str) -> str:
     """The table, each experiment's gain over `baseline` in it with its standard error."""
     lines = [
-        f"| experiment | runs | bits per byte | less than {baseline} | bytes | tokens | FLOPs | seconds |",
+        f"| experiment | runs | bits per byte | less than {baseline} | MB of text | tokens | FLOPs | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     base = rows[baseline]
@@ -126,10 +126,11 @@ def markdown(rows: dict[str, dict[str, Any]], baseline: str) -> str:
         gain = f"{base['val_bpb'] - row['val_bpb']:+.4f}"
         if None not in (row["spread"], base["spread"]):
             gain += f" ± {math.sqrt(row['spread'] ** 2 / row['n'] + base['spread'] ** 2 / base['n']):.4f}"
-        n_bytes, flops = ("" if row[key] is None else f"{row[key]:.3g}" for key in ("bytes", "flops"))
+        megabytes = "" if row["bytes"] is None else f"{row['bytes'] / 1e6:.2f}"
+        flops = "" if row["flops"] is None else f"{row['flops']:.2e}"
         lines.append(
-            f"| {name} | {row['n']} | {row['val_bpb']:.4f}{spread} | {'' if name == baseline else gain} | {n_bytes} | "
-            f"{row['tokens']:,.0f} | {flops} | {row['seconds']:,.0f} |"
+            f"| {name} | {row['n']} | {row['val_bpb']:.4f}{spread} | {'' if name == baseline else gain} | "
+            f"{megabytes} | {row['tokens']:,.0f} | {flops} | {row['seconds']:,.0f} |"
         )
     return "\n".join(lines)
 

@@ -24,8 +24,8 @@ def test_the_table_has_means_spreads_and_gains_over_the_baseline(tmp_path):
     assert rows["plain"]["val_bpb"] == pytest.approx(2.3) and rows["plain"]["n"] == 2
     assert rows["plain"]["seconds"] == pytest.approx(1000 / 100 + 1000 / 50)
     lines = (tmp_path / "table.md").read_text().splitlines()
-    assert lines[2] == "| plain | 2 | 2.3000 ± 0.1414 |  | 7e+03 | 2,000 | 2e+09 | 30 |"
-    assert lines[3] == "| muon | 2 | 2.0000 ± 0.0000 | +0.3000 ± 0.1000 | 7e+03 | 2,000 | 2e+09 | 30 |"
+    assert lines[2] == "| plain | 2 | 2.3000 ± 0.1414 |  | 0.01 | 2,000 | 2.00e+09 | 30 |"
+    assert lines[3] == "| muon | 2 | 2.0000 ± 0.0000 | +0.3000 ± 0.1000 | 0.01 | 2,000 | 2.00e+09 | 30 |"
 
 
 def test_pictures_are_files_and_the_same_for_the_same_runs(tmp_path):
