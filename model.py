@@ -31,7 +31,9 @@ class GPTConfig:
     dropout: float = 0.0  # probability of zeroing an activation while training
     bias: bool = True  # biases in the linear layers and layer norms
     n_kv_head: int | None = None  # heads of keys and values, shared among n_head; 1 is multi-query, None is n_head
-    mlp_width: int | None = None  # hidden width of the MLP; None is 4 n_embd, or with swiglu 8/3 of it: as many weights
+    mlp_width: int | None = (
+        None  # hidden width of the MLP; None is 4 n_embd, with swiglu 8/3 of n_embd: as many weights
+    )
     swiglu: bool = False  # a gated MLP, silu(gate) x up, in the place of GELU (Shazeer, 2020)
     rms_norm: bool = False  # RMSNorm in the place of LayerNorm (Zhang and Sennrich, 2019)
     rope_theta: float | None = None  # base of rotary positions (Su et al., 2021), such as 10000; None learns positions
@@ -197,7 +199,8 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        width = config.mlp_width or (-(-config.n_embd * 8 // 3 // 32) * 32 if config.swiglu else 4 * config.n_embd)
+        gated = -(-config.n_embd * 8 // 3 // 32) * 32  # a multiple of 32, for the matrix products
+        width = config.mlp_width or (gated if config.swiglu else 4 * config.n_embd)
         self.c_gate = nn.Linear(config.n_embd, width, bias=config.bias) if config.swiglu else None
         self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
         self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
@@ -319,7 +322,7 @@ class GPT(nn.Module):
         """Cosines and sines of rotary positions for the new tokens x (B, T, C), (T, D/2) each."""
         if self.config.rope_theta is None:
             return None
-        steps = torch.arange(0, 1, 2 / self.config.head_width, device=x.device)  # (D/2)
+        steps = torch.arange(0, self.config.head_width, 2, device=x.device) / self.config.head_width  # (D/2)
         places = torch.arange(self.config.block_size, device=x.device)
         angles = self._at_places(places, cache, x.size(1))[:, None] * self.config.rope_theta**-steps
         return angles.cos(), angles.sin()
