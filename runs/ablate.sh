@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# What each change to the plain recipe gains: configs/ablation.py, that with one change at a time, and the fast recipe, on
-# the same bytes of `local`; then the plain one on twice as many beside the fast one on a sixth of those. Three seeds
-# each, all scored on the same held-out text. Writes docs/ablation.md, docs/ablation_sixth.md and docs/ablation_sixth.svg.
-# Needs matplotlib.
+# The plain recipe (configs/ablation.py) beside the fast one on a sixth of its bytes; then on as many bytes of `local` the
+# fast recipe with each part left out, and the plain one with each change alone. Three seeds each, all scored on the same
+# held-out text. Writes docs/ablation_sixth.md and .svg, docs/ablation_less.md and docs/ablation.md. Needs matplotlib.
 #
-#     bash runs/ablate.sh [OUT]    # an hour and a half on two cores; what is done is kept, so it can be cut short
+#     bash runs/ablate.sh [OUT]    # two hours on two cores; what is done is kept, so it can be cut short
 #
 # Environment variables: SEEDS, BYTES of text a run sees, JOBS at once, PYTHON.
 set -euo pipefail
@@ -52,6 +51,7 @@ fast=("${sizes_16k[@]}" "${modern[@]}" --dropout=0 --optimizer=muon --learning_r
 failed=0
 trap 'for job in $(jobs -rp); do pkill -P "$job"; done; wait; exit 1' INT TERM HUP  # or runs would go on without it
 
+less() { experiment "less/$1" ablation_16k "$bytes" "${fast[@]}" "${@:2}"; }  # the fast recipe but for one part
 one() { experiment "each/$1" ablation_32k "$bytes" --dropout=0 "${@:2}"; }  # a change to the plain recipe without dropout
 
 for seed in $seeds; do
@@ -59,8 +59,22 @@ for seed in $seeds; do
     experiment sixth/fast ablation_16k $((bytes / 3)) "${fast[@]}" --eval_interval=14
 done
 for seed in $seeds; do
+    less fast
+    less adamw --optimizer=adamw --learning_rate=2e-3
+    less learned_positions --rope_theta=None
+    less layer_norm --rms_norm=False
+    less gelu --swiglu=False
+    less no_qk_norm --qk_norm=False
+    less no_zero_init --zero_init=False
+    less dropout --dropout=0.1
+    less cosine --decay=cosine
+    less embedding_rate_1 --embedding_rate=1
+    less multi_query --n_kv_head=1
+    less document_mask --document_end=16383
+    less batch_ramp --ramp_doublings=2 --ramp_steps=$((n / 10 * 2)) --max_steps=$((n + n / 10 * 5 / 4))
+done
+for seed in $seeds; do
     experiment each/plain ablation_32k "$bytes"
-    experiment each/fast ablation_16k "$bytes" "${fast[@]}"
     one no_dropout
     one muon --optimizer=muon
     one higher_rate --learning_rate=1.8e-3 --beta2=0.95
@@ -82,6 +96,7 @@ done
 while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n || failed=1; done
 if [ "$failed" = 1 ]; then exit 1; fi
 
-"$python" plot.py --runs="$out/each/no_dropout/*;$out/each/*/*" --table=docs/ablation.md --output="$out/each.svg"
 "$python" plot.py --runs="$out/sixth/plain/*;$out/sixth/fast/*" --table=docs/ablation_sixth.md \
     --output=docs/ablation_sixth.svg
+"$python" plot.py --runs="$out/less/fast/*;$out/less/*/*" --table=docs/ablation_less.md --output="$out/less.svg"
+"$python" plot.py --runs="$out/each/no_dropout/*;$out/each/*/*" --table=docs/ablation.md --output="$out/each.svg"
