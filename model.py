@@ -31,9 +31,7 @@ class GPTConfig:
     dropout: float = 0.0  # probability of zeroing an activation while training
     bias: bool = True  # biases in the linear layers and layer norms
     n_kv_head: int | None = None  # heads of keys and values, shared among n_head; 1 is multi-query, None is n_head
-    mlp_width: int | None = (
-        None  # hidden width of the MLP; None is 4 n_embd, with swiglu 8/3 of n_embd: as many weights
-    )
+    mlp_width: int | None = None  # hidden width of the MLP; None is 4 n_embd, with swiglu 8/3 of it: as many weights
     swiglu: bool = False  # a gated MLP, silu(gate) x up, in the place of GELU (Shazeer, 2020)
     rms_norm: bool = False  # RMSNorm in the place of LayerNorm (Zhang and Sennrich, 2019)
     rope_theta: float | None = None  # base of rotary positions (Su et al., 2021), such as 10000; None learns positions

