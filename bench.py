@@ -72,7 +72,8 @@ class BenchConfig(TrainConfig):
         if self.batch_size is None:
             raise ValueError("batch_size is None; a benchmark wants a number, such as --batch_size=16")
         object.__setattr__(self, "tokens_per_step", self.micro_steps * self.batch_size * self.block_size)
-        object.__setattr__(self, "ramp_doublings", 0)
+        for name in ("ramp_doublings", "ramp_steps"):
+            object.__setattr__(self, name, 0)
         super().__post_init__()
         for part in self.parts.split(","):
             if part not in PARTS:
