@@ -6,7 +6,8 @@
 
 Drawn are learning rate, throughput, loss and perplexity, each train beside validation, and bits per byte against the
 bytes of text seen and against the time spent in training steps. Folders seed1, seed2 … of one folder are one
-experiment: the table has its mean and its spread. Needs matplotlib for pictures (pip install matplotlib).
+experiment: the table has its mean and its spread, and what it gains over another on the same seeds, which see the same
+text in the same order. Needs matplotlib for pictures (pip install matplotlib).
 """
 
 import glob
@@ -43,6 +44,7 @@ class Curves(NamedTuple):
     """A run's metrics.jsonl: its reports of training and of evaluations, in order."""
 
     name: str
+    seed: str  # seed1, or nothing
     train: list[dict[str, Any]]
     val: list[dict[str, Any]]
 
@@ -97,40 +99,47 @@ def read_run(folder: Path) -> Curves:
     val = [event for event in events if event.get("val_bpb") is not None]
     if not train or not val:
         raise ValueError(f"{path}: no evaluation yet; wait, or set a smaller --eval_interval")
-    experiment = folder.parent if re.fullmatch(r"seed\d+", folder.name) else folder
-    return Curves(experiment.name, train, val)
+    if re.fullmatch(r"seed\d+", folder.name):
+        return Curves(folder.parent.name, folder.name, train, val)
+    return Curves(folder.name, "", train, val)
 
 
 def table(runs: list[Curves]) -> dict[str, dict[str, Any]]:
-    """By experiment: the means of its runs' ends, their number, and the standard deviation of bits per byte."""
+    """By experiment: the means of its runs' ends, and the bits per byte of each seed."""
     rows: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(run.name for run in runs):
-        ends = [run.end() for run in runs if run.name == name]
-        known = [key for key in ends[0] if all(end[key] is not None for end in ends)]
-        means = dict.fromkeys(ends[0]) | {key: statistics.mean(end[key] for end in ends) for key in known}
-        bpb = [end["val_bpb"] for end in ends]
-        spread = statistics.stdev(bpb) if len(bpb) > 1 else None
-        rows[name] = {**means, "n": len(ends), "spread": spread}
+        ends = {run.seed: run.end() for run in runs if run.name == name}
+        if len(ends) < sum(run.name == name for run in runs):
+            raise ValueError(f"--runs: two runs are called {name}; rename a folder, or draw them one after the other")
+        figures = {key: [end[key] for end in ends.values()] for key in next(iter(ends.values()))}
+        means = {key: None if None in values else statistics.mean(values) for key, values in figures.items()}
+        rows[name] = {**means, "seeds": {seed: end["val_bpb"] for seed, end in ends.items()}}
     return rows
 
 
+def mean_and(values: list[float], divisor: float, form: str) -> str:
+    """The mean of `values` and, if there are several, their standard deviation over `divisor`."""
+    spread = f" ± {statistics.stdev(values) / divisor:.4f}" if len(values) > 1 else ""
+    return format(statistics.mean(values), form) + spread
+
+
 def markdown(rows: dict[str, dict[str, Any]], baseline: str) -> str:
-    """The table, each experiment's gain over `baseline` in it with its standard error."""
+    """The table: bits per byte with the standard deviation over seeds, and the mean gain over `baseline` on the seeds
+    both have, with its standard error."""
     lines = [
         f"| experiment | runs | bits per byte | less than {baseline} | MB of text | tokens | FLOPs | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    base = rows[baseline]
+    base = rows[baseline]["seeds"]
     for name, row in rows.items():
-        spread = "" if row["spread"] is None else f" ± {row['spread']:.4f}"
-        gain = f"{base['val_bpb'] - row['val_bpb']:+.4f}"
-        if None not in (row["spread"], base["spread"]):
-            gain += f" ± {math.sqrt(row['spread'] ** 2 / row['n'] + base['spread'] ** 2 / base['n']):.4f}"
+        seeds = row["seeds"]
+        gains = [base[seed] - seeds[seed] for seed in seeds if seed in base and name != baseline]
+        gain = mean_and(gains, math.sqrt(len(gains)), "+.4f") if gains else ""
         megabytes = "" if row["bytes"] is None else f"{row['bytes'] / 1e6:.2f}"
         flops = "" if row["flops"] is None else f"{row['flops']:.2e}"
         lines.append(
-            f"| {name} | {row['n']} | {row['val_bpb']:.4f}{spread} | {'' if name == baseline else gain} | "
-            f"{megabytes} | {row['tokens']:,.0f} | {flops} | {row['seconds']:,.0f} |"
+            f"| {name} | {len(seeds)} | {mean_and(list(seeds.values()), 1, '.4f')} | {gain} | {megabytes} | "
+            f"{row['tokens']:,.0f} | {flops} | {row['seconds']:,.0f} |"
         )
     return "\n".join(lines)
 

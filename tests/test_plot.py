@@ -16,16 +16,24 @@ def write_run(folder, bpb, tokens_per_s=(100.0, 50.0)):
 
 
 def test_the_table_has_means_spreads_and_gains_over_the_baseline(tmp_path):
-    for name, bpb in (("plain/seed1", 2.2), ("plain/seed2", 2.4), ("muon/seed1", 2.0), ("muon/seed2", 2.0)):
+    for name, bpb in (("plain/seed1", 2.2), ("plain/seed2", 2.4), ("muon/seed1", 2.0), ("muon/seed2", 2.1)):
         write_run(tmp_path / name, bpb)
     rows = plot(
         PlotConfig(f"{tmp_path}/plain/seed*;{tmp_path}/muon/seed*", f"{tmp_path}/a.svg", table=f"{tmp_path}/table.md")
     )
-    assert rows["plain"]["val_bpb"] == pytest.approx(2.3) and rows["plain"]["n"] == 2
+    assert rows["plain"]["val_bpb"] == pytest.approx(2.3) and rows["plain"]["seeds"].keys() == {"seed1", "seed2"}
     assert rows["plain"]["seconds"] == pytest.approx(1000 / 100 + 1000 / 50)
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert lines[2] == "| plain | 2 | 2.3000 ± 0.1414 |  | 0.01 | 2,000 | 2.00e+09 | 30 |"
-    assert lines[3] == "| muon | 2 | 2.0000 ± 0.0000 | +0.3000 ± 0.1000 | 0.01 | 2,000 | 2.00e+09 | 30 |"
+    assert (
+        lines[3] == "| muon | 2 | 2.0500 ± 0.0707 | +0.2500 ± 0.0500 | 0.01 | 2,000 | 2.00e+09 | 30 |"
+    )  # seed by seed
+
+
+def test_two_runs_of_one_name_are_not_taken_for_one(tmp_path, run_program):
+    for name in ("a/tiny", "b/tiny"):
+        write_run(tmp_path / name, 2.2)
+    assert "two runs are called tiny" in run_program(plot, PlotConfig, f"--runs={tmp_path}/*/tiny")[2]
 
 
 def test_pictures_are_files_and_the_same_for_the_same_runs(tmp_path):
