@@ -15,7 +15,6 @@ swiglu = True
 rms_norm = True
 qk_norm = True
 rope_theta = 10_000.0
-zero_init = True
 
 batch_size = 32
 tokens_per_step = 2**17

@@ -13,7 +13,6 @@ swiglu = True
 rms_norm = True
 qk_norm = True
 rope_theta = 10_000.0
-zero_init = True
 
 batch_size = 8
 tokens_per_step = 8 * 256
