@@ -6,8 +6,8 @@
 
 Drawn are learning rate, throughput, loss and perplexity, each train beside validation, and bits per byte against the
 bytes of text seen and against the time spent in training steps. Folders seed1, seed2 … of one folder are one
-experiment: the table has its mean and its spread, and what it gains over another on the same seeds, which see the same
-text in the same order. Needs matplotlib for pictures (pip install matplotlib).
+experiment: the table has its mean and its spread, and what it gains over another seed by seed, as runs of one seed on
+the same shards see the same text in the same order. Needs matplotlib for pictures (pip install matplotlib).
 """
 
 import glob
@@ -43,10 +43,14 @@ class PlotConfig:
 class Curves(NamedTuple):
     """A run's metrics.jsonl: its reports of training and of evaluations, in order."""
 
-    name: str
+    experiment: Path  # the folder that holds the folders of its seeds, or the run's own
     seed: str  # seed1, or nothing
     train: list[dict[str, Any]]
     val: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return self.experiment.name
 
     def seconds(self, tokens: list[int]) -> np.ndarray:
         """Seconds of training steps until that many tokens were seen, evaluations and interruptions left out."""
@@ -65,7 +69,7 @@ def plot(config: PlotConfig) -> dict[str, dict[str, Any]]:
     """Draw the runs and write their table; returns the table's rows by experiment. Raises ValueError if a run has
     nothing to show, or matplotlib is missing."""
     found = [Path(name) for pattern in config.runs.split(";") for name in sorted(glob.glob(pattern.strip()))]
-    folders = [folder for folder in dict.fromkeys(found) if folder.is_dir()]
+    folders = list(dict.fromkeys(folder.resolve() for folder in found if folder.is_dir()))
     runs = [read_run(folder) for folder in folders]
     if not runs:
         raise ValueError(f"--runs={config.runs}: no such folder; name runs that python train.py made")
@@ -95,22 +99,23 @@ def read_run(folder: Path) -> Curves:
     except ValueError:
         raise ValueError(f"{path}: a line is not JSON; go on with the run, which mends it") from None
     events = [event for event in events if isinstance(event, dict)]
-    train = [event for event in events if event.get("loss") is not None and "tokens_per_s" in event]
-    val = [event for event in events if event.get("val_bpb") is not None]
+    train = [event for event in events if None not in map(event.get, ("tokens", "loss", "lr", "tokens_per_s"))]
+    val = [event for event in events if None not in map(event.get, ("tokens", "val_loss", "perplexity", "val_bpb"))]
     if not train or not val:
         raise ValueError(f"{path}: no evaluation yet; wait, or set a smaller --eval_interval")
     if re.fullmatch(r"seed\d+", folder.name):
-        return Curves(folder.parent.name, folder.name, train, val)
-    return Curves(folder.name, "", train, val)
+        return Curves(folder.parent, folder.name, train, val)
+    return Curves(folder, "", train, val)
 
 
 def table(runs: list[Curves]) -> dict[str, dict[str, Any]]:
     """By experiment: the means of its runs' ends, and the bits per byte of each seed."""
     rows: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(run.name for run in runs):
+        places = sorted({str(run.experiment) for run in runs if run.name == name})
+        if len(places) > 1:
+            raise ValueError(f"--runs: {places[0]} and {places[1]} are both called {name}; rename one")
         ends = {run.seed: run.end() for run in runs if run.name == name}
-        if len(ends) < sum(run.name == name for run in runs):
-            raise ValueError(f"--runs: two runs are called {name}; rename a folder, or draw them one after the other")
         figures = {key: [end[key] for end in ends.values()] for key in next(iter(ends.values()))}
         means = {key: None if None in values else statistics.mean(values) for key, values in figures.items()}
         rows[name] = {**means, "seeds": {seed: end["val_bpb"] for seed, end in ends.items()}}
@@ -124,23 +129,24 @@ def mean_and(values: list[float], divisor: float, form: str) -> str:
 
 
 def markdown(rows: dict[str, dict[str, Any]], baseline: str) -> str:
-    """The table: bits per byte with the standard deviation over seeds, and the mean gain over `baseline` on the seeds
-    both have, with its standard error."""
+    """The table: bits per byte with the standard deviation over seeds, and the gain over `baseline`: the mean over the
+    seeds both have, with its standard error, or if there are none the difference of the means."""
     lines = [
         f"| experiment | runs | bits per byte | less than {baseline} | MB of text | tokens | FLOPs | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    base = rows[baseline]["seeds"]
+    base = rows[baseline]
     for name, row in rows.items():
         seeds = row["seeds"]
-        gains = [base[seed] - seeds[seed] for seed in seeds if seed in base and name != baseline]
-        gain = mean_and(gains, math.sqrt(len(gains)), "+.4f") if gains else ""
+        gains = [base["seeds"][seed] - seeds[seed] for seed in seeds if seed in base["seeds"]]
+        gain = mean_and(gains or [base["val_bpb"] - row["val_bpb"]], math.sqrt(len(gains) or 1), "+.4f")
+        if 0 < len(gains) < max(len(seeds), len(base["seeds"])):
+            gain += f" ({len(gains)} seeds)"
         megabytes = "" if row["bytes"] is None else f"{row['bytes'] / 1e6:.2f}"
         flops = "" if row["flops"] is None else f"{row['flops']:.2e}"
-        lines.append(
-            f"| {name} | {len(seeds)} | {mean_and(list(seeds.values()), 1, '.4f')} | {gain} | {megabytes} | "
-            f"{row['tokens']:,.0f} | {flops} | {row['seconds']:,.0f} |"
-        )
+        cells = (name, len(seeds), mean_and(list(seeds.values()), 1, ".4f"), "" if name == baseline else gain)
+        cells += (megabytes, f"{row['tokens']:,.0f}", flops, f"{row['seconds']:,.0f}")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 

@@ -23,17 +23,22 @@ def test_the_table_has_means_spreads_and_gains_over_the_baseline(tmp_path):
     )
     assert rows["plain"]["val_bpb"] == pytest.approx(2.3) and rows["plain"]["seeds"].keys() == {"seed1", "seed2"}
     assert rows["plain"]["seconds"] == pytest.approx(1000 / 100 + 1000 / 50)
+    write_run(tmp_path / "adamw/seed2", 2.3)
+    write_run(tmp_path / "alone", 2.2)
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert lines[2] == "| plain | 2 | 2.3000 ± 0.1414 |  | 0.01 | 2,000 | 2.00e+09 | 30 |"
     assert (
         lines[3] == "| muon | 2 | 2.0500 ± 0.0707 | +0.2500 ± 0.0500 | 0.01 | 2,000 | 2.00e+09 | 30 |"
     )  # seed by seed
+    plot(PlotConfig(f"{tmp_path}/plain/*;{tmp_path}/adamw/*;{tmp_path}/alone", f"{tmp_path}/a.svg", f"{tmp_path}/t.md"))
+    gains = [line.split(" | ")[3] for line in (tmp_path / "t.md").read_text().splitlines()[3:]]
+    assert gains == ["+0.1000 (1 seeds)", "+0.1000"]
 
 
 def test_two_runs_of_one_name_are_not_taken_for_one(tmp_path, run_program):
     for name in ("a/tiny", "b/tiny"):
         write_run(tmp_path / name, 2.2)
-    assert "two runs are called tiny" in run_program(plot, PlotConfig, f"--runs={tmp_path}/*/tiny")[2]
+    assert "are both called tiny; rename" in run_program(plot, PlotConfig, f"--runs={tmp_path}/*/tiny")[2]
 
 
 def test_pictures_are_files_and_the_same_for_the_same_runs(tmp_path):

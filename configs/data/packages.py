@@ -4,4 +4,4 @@ name = "packages_32k"
 source = "dir:data/raw/packages"
 tokenizer = "train:32768"
 val_fraction = 0.1
-seed = 113  # of two among 2,000 that hold out four packages of 1 to 3.5 MB, none above 40% of them
+seed = 113  # of 2,000 one of two that hold out at least four packages, 1 to 3.5 MB in all, none above 40% of it
