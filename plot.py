@@ -141,7 +141,7 @@ def markdown(rows: dict[str, dict[str, Any]], baseline: str) -> str:
         gains = [base["seeds"][seed] - seeds[seed] for seed in seeds if seed in base["seeds"]]
         gain = mean_and(gains or [base["val_bpb"] - row["val_bpb"]], math.sqrt(len(gains) or 1), "+.4f")
         if 0 < len(gains) < max(len(seeds), len(base["seeds"])):
-            gain += f" ({len(gains)} seeds)"
+            gain += f" (pairs: {len(gains)})"
         megabytes = "" if row["bytes"] is None else f"{row['bytes'] / 1e6:.2f}"
         flops = "" if row["flops"] is None else f"{row['flops']:.2e}"
         cells = (name, len(seeds), mean_and(list(seeds.values()), 1, ".4f"), "" if name == baseline else gain)

@@ -1,5 +1,5 @@
 # configs/70m.py at a size for two CPU cores: 5.8M parameters, 72% of them the embedding (of the 70M 65%), with its
-# rates, decay and dropout. runs/ablate.sh measures changes against it; docs/ablation_fifth.md has what it comes to.
+# rates, decay and dropout. runs/ablate.sh measures changes against it; docs/log.md has what it comes to.
 out_dir = "out/ablation/plain"
 dataset = "ablation_32k"
 

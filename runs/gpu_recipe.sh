@@ -41,7 +41,8 @@ PY
     # shellcheck disable=SC2086 # the settings are several words
     "$python" train.py "$2" --dataset="$3" --out_dir="$out/$1" --sample_interval=None --checkpoint_minutes=2 \
         --eval_tokens=1_000_000 $settings "${@:5}"
-    "$python" plot.py --runs="$out/plain;$out/fast_fifth;$out/fast" --table="$out/table.md" --output="$out/curves.svg" || true  # without matplotlib a table
+    "$python" plot.py --runs="$out/plain;$out/fast_fifth;$out/fast" --table="$out/table.md" \
+        --output="$out/curves.svg" || true  # without matplotlib a table
 }
 
 run plain configs/70m.py gpu_plain 1
