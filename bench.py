@@ -61,7 +61,7 @@ class BenchConfig(TrainConfig):
     peer_batches: str = "1,20"  # those of the numbers that the other systems decode too
     decode_rounds: int = 3  # rounds of decoding
     decode_dtype: str = "float32"  # of weights and cache when decoding: float32, bfloat16, float16
-    quantize: str | None = None  # int8 weights in our decoding
+    quantize: str | None = None  # weights of our decoding in fewer bytes: float16, or int8
     profile: bool = False  # name the ten costliest operations of a training step, and write a Chrome trace
     output: str | None = None  # JSON file of the figures; None is out/bench/NAME.json, NAME of out_dir
 

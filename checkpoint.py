@@ -73,15 +73,12 @@ def keep_best(run: Run, val_loss: float) -> None:
         save(Path(run.config.out_dir) / "best.pt", _weights(run))
 
 
-def restore_run(run: Run) -> bool:
-    """Put `run` where the newest readable checkpoint of its `out_dir` left it; False if there is none yet.
+def restore_run(run: Run, payload: dict[str, Any]) -> None:
+    """Put `run` where `payload`, the newest checkpoint of its `out_dir`, left it.
 
     Raises ValueError naming what differs if that run has weights of other shapes, or its data another content or order.
     """
     config = run.config
-    payload = read_newest(Path(config.out_dir), set_aside=True)
-    if payload is None:
-        return False
     if "optimizers" not in payload:
         raise ValueError(f"{config.out_dir}/last.pt: weights alone, as in best.pt; start a new run with --init_from")
     kept = ("seed", "tokens_per_step", "ramp_doublings", "ramp_steps", "optimizer")
@@ -104,7 +101,6 @@ def restore_run(run: Run) -> bool:
         run.scaler.load_state_dict(payload["scaler"])
     run.step, run.best_val_loss, run.wandb_id = (payload[key] for key in ("step", "best_val_loss", "wandb_id"))
     set_rng_state(payload["rng"], run.device)
-    return True
 
 
 def require_same(config: GPTConfig, fixed: dict[str, Any], where: str, remedy: str) -> None:
@@ -242,6 +238,7 @@ def _weights(run: Run) -> dict[str, Any]:
         "tokenizer": run.tokenizer.to_json(),
         "tokenizer_sha256": run.tokenizer.sha256,
         "config": dataclasses.asdict(run.config),
+        "dtype": str(run.dtype).removeprefix("torch."),
         "step": run.step,
         "tokens": run.tokens,
         "best_val_loss": run.best_val_loss,

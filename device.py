@@ -1,10 +1,14 @@
 """Where a model runs and in which arithmetic: device, precision, peak speed, memory used."""
 
 import ctypes
+import functools
+import math
 import re
 import sys
+import time
 
 import torch
+import torch.nn.functional as F
 
 # Dense peak of the tensor cores, FLOP/s in bf16 (fp16 where bf16 is not native), from the vendor's data sheets.
 PEAK_FLOPS = {
@@ -37,9 +41,16 @@ def resolve_device(name: str | None) -> torch.device:
     return device
 
 
-def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The arithmetic of the matrix products; with None, bf16 where the hardware has it natively, fp16 on older CUDA
-    devices, else fp32. torch.cuda.is_bf16_supported() counts emulation, so the compute capability decides."""
+def resolve_dtype(
+    name: str | None, device: torch.device, rows: int = 1024, width: int = 512, began_in: str | None = None
+) -> torch.dtype:
+    """The arithmetic of the matrix products called `name`; with None the one that is fast on `device`.
+
+    On CUDA that is bf16 where it is native, else fp16: the compute capability decides, because
+    torch.cuda.is_bf16_supported() counts emulation. On a CPU it is bf16 if that is measured to be the faster for `rows`
+    rows of a model of that `width`; a run that `began_in` one of the two keeps it unless it is by far the slower here,
+    so that it continues bit for bit. Elsewhere it is fp32.
+    """
     if name is not None:
         if name not in DTYPES:
             raise ValueError(f"--dtype={name}: not one of {', '.join(DTYPES)}")
@@ -48,10 +59,55 @@ def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if device.type == "cpu":
-        probes = (getattr(torch.cpu, p, None) for p in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-        return torch.bfloat16 if any(probe() for probe in probes if probe) else torch.float32
-    return torch.float32
+    if device.type != "cpu":
+        return torch.float32
+    bf16_time = relative_time(torch.bfloat16, rows, width)
+    slowest = {"bfloat16": 1.5, "float32": 1 / 1.5}.get(began_in, 1 / 1.2)  # bf16's time up to which it is taken
+    return torch.bfloat16 if bf16_time < slowest else torch.float32
+
+
+def relative_time(dtype: torch.dtype, rows: int = 256, width: int = 512) -> float:
+    """How many times as long as in fp32 a matrix product in `dtype` takes on this CPU, of `rows` rows with the weights
+    of a transformer's MLP of that `width`: measured, once per process and size, in about 100 ms.
+
+    A flag of the processor does not tell: what is emulated takes 5 to 60 times as long, and what has instructions of
+    its own half as long or less, if torch's libraries use them.
+    """
+    return _relative_time(dtype, min(rows, 1024), min(width, 1024))
+
+
+@functools.cache
+def _relative_time(dtype: torch.dtype, rows: int, width: int) -> float:
+    sizes = (rows, width), (4 * width, width)
+    operands = {d: [torch.ones(size, dtype=d) for size in sizes] for d in (torch.float32, dtype)}
+    best_s = dict.fromkeys(operands, math.inf)
+    t_end = time.perf_counter() + 0.1
+    for attempt in range(10):
+        if attempt > 1 and time.perf_counter() > t_end:
+            break
+        for d, (x, weight) in operands.items():
+            with torch.autocast("cpu", enabled=False):
+                t0 = time.perf_counter()
+                F.linear(x, weight)
+                best_s[d] = min(best_s[d], time.perf_counter() - t0)
+    return best_s[dtype] / best_s[torch.float32]
+
+
+@torch.compiler.assume_constant_result
+def bf16_is_native() -> bool:
+    """Whether this CPU computes in bf16 at least as fast as in fp32."""
+    return relative_time(torch.bfloat16) <= 1
+
+
+def warn_if_slow(dtype: torch.dtype, device: torch.device, rows: int = 1024, width: int = 512) -> None:
+    """Say by how much products in `dtype` are slower than in fp32 on this CPU, if they are."""
+    if device.type == "cpu" and dtype != torch.float32 and (times := relative_time(dtype, rows, width)) > 1.1:
+        name = str(dtype).removeprefix("torch.")
+        print(
+            f"warning: --dtype={name}: this processor takes {times:.1f} times as long for a matrix product as with "
+            "--dtype=float32",
+            file=sys.stderr,
+        )
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

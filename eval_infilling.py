@@ -25,6 +25,7 @@ from atomic import write_json
 from checkpoint import latest_run, load
 from config import run_stage
 from data.formats import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
+from decoding import prepare
 from device import DTYPES, resolve_device
 from sample import generate
 from tokenizer import END_OF_TEXT, Special, Tokenizer
@@ -67,6 +68,7 @@ def evaluate(config: InfillingConfig) -> dict[str, Any]:
     out_dir = config.out_dir or latest_run()
     model, tokenizer, payload = load(out_dir, device, config.checkpoint)
     model.to(DTYPES[config.dtype])
+    prepare(model)
     room = model.config.block_size - config.max_new_tokens - 4  # the specials
     if room < 1:
         raise ValueError(

@@ -24,7 +24,7 @@ from checkpoint import latest_run, load
 from config import run_stage
 from data.documents import fraction, language_of
 from dataloader import Loader
-from device import autocast, resolve_device, resolve_dtype
+from device import autocast, resolve_device, resolve_dtype, warn_if_slow
 from model import GPT, IGNORE
 from scoring import Scored, load_scorer, score_documents
 from shards import SPLITS, Shards, TokenStream, open_shards
@@ -95,6 +95,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Score one or two models, print the table and return the figures: of one model, or by model, and by language."""
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
+    warn_if_slow(dtype, device)
     out_dir = config.out_dir or latest_run()
     if config.files is None and config.stride is None and config.compare is None:
         return _evaluate_blocks(config, out_dir, device, dtype)

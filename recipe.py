@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from model import GPT, GPTConfig
+from muon import Muon
 
 OPTIMIZERS = ("adamw", "muon")
 DECAYS = ("cosine", "linear")
@@ -96,11 +97,13 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.min_lr + left * (recipe.learning_rate - recipe.min_lr)
 
 
-def make_optimizers(model: GPT, recipe: Recipe, device: torch.device) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: GPT, recipe: Recipe, device: torch.device, dtype: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
     """AdamW with decay on the 2-D weights only (Loshchilov and Hutter, 2019), and if it is asked for, Muon for the
-    blocks' matrices (Jordan et al., 2024; scaled to AdamW's learning rate as in Liu et al., 2025).
+    blocks' matrices, its products in `dtype`.
 
-    Muon sees q, k and v apart, because they are parameters of their own. Raises ValueError if this torch has no Muon.
+    Muon sees q, k and v apart, because they are parameters of their own.
     """
     parameters = list(model.parameters())
     matrices = [p for p in model.h.parameters() if p.dim() == 2]
@@ -114,12 +117,12 @@ def make_optimizers(model: GPT, recipe: Recipe, device: torch.device) -> list[to
     if recipe.optimizer == "adamw":
         groups.append({"params": matrices, "rate": 1.0, **decayed})
     betas, fused = (recipe.beta1, recipe.beta2), device.type in ("cuda", "cpu")
-    optimizers = [torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, fused=fused)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, fused=fused)
+    ]
     if recipe.optimizer == "muon":
-        if not hasattr(torch.optim, "Muon"):
-            raise ValueError(f"--optimizer=muon: torch {torch.__version__} has none; pip install 'torch>=2.9'")
-        settings = {"adjust_lr_fn": "match_rms_adamw", "momentum": recipe.momentum, **decayed}
-        optimizers.append(torch.optim.Muon([{"params": matrices, "rate": 1.0}], recipe.learning_rate, **settings))
+        settings = {"momentum": recipe.momentum, "dtype": dtype, **decayed}
+        optimizers.append(Muon([{"params": matrices, "rate": 1.0}], recipe.learning_rate, **settings))
     held = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(map(id, parameters)), "the optimizers must hold each parameter once"
     return optimizers

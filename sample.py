@@ -55,7 +55,7 @@ class SampleConfig:
     seed: int = 0  # of the random draws
     device: str | None = None  # cuda, mps or cpu; None takes the best there is
     dtype: str = "float32"  # of weights: float32, bfloat16, float16
-    quantize: str | None = None  # int8: weights of half the bytes of bfloat16, for one to four samples
+    quantize: str | None = None  # weights in fewer bytes, for one to four samples on a CPU: float16, or int8
 
     def __post_init__(self) -> None:
         if self.n_samples < 1 or self.max_new_tokens < 1:

@@ -116,9 +116,12 @@ def score_documents(scorer: Scorer, documents: Iterable[tuple[str, str]], stride
         targets = torch.full((len(pending), length), IGNORE)
         for row, (_, i, t) in enumerate(pending):
             inputs[row, : len(i)], targets[row, : len(t)] = torch.tensor(i), torch.tensor(t)
-        logits = scorer.logits(inputs.to(scorer.device)).float()  # (B, T, V)
-        nats = F.cross_entropy(logits.mT, targets.to(scorer.device), ignore_index=IGNORE, reduction="none")  # (B, T)
-        for (language, *_), row_nats in zip(pending, nats.double().sum(1).tolist(), strict=True):
+        counted = targets != IGNORE  # (B, T)
+        logits = scorer.logits(inputs.to(scorer.device))[counted.to(scorer.device)].float()  # (scored, V)
+        nats = torch.zeros(targets.shape, dtype=torch.float64)
+        losses = F.cross_entropy(logits, targets[counted].to(scorer.device), reduction="none")  # (scored)
+        nats[counted] = losses.cpu().double()
+        for (language, *_), row_nats in zip(pending, nats.sum(1).tolist(), strict=True):
             scorer.totals[language].nats += row_nats
         pending.clear()
 

@@ -36,7 +36,11 @@ class Decoding(NamedTuple):
     dtype: torch.dtype  # of the matrix products
     temperature: float = 0.8
     top_k: int = 200
-    quantize: str | None = None  # ours alone: int8
+    quantize: str | None = None  # ours alone: float16 or int8
+
+    @property
+    def bytes_per_weight(self) -> int:
+        return {None: self.dtype.itemsize, "float16": 2, "int8": 1}[self.quantize]
 
 
 class System:
@@ -95,7 +99,7 @@ class Ours(System):
             "parameters": model.n_parameters(),
             "flops_per_token": model.flops_per_token(),
             "peak_flops": peak_flops(self.device),
-            "weight_bytes": n_read * (1 if self.decoding.quantize == "int8" else self.decoding.dtype.itemsize),
+            "weight_bytes": n_read * self.decoding.bytes_per_weight,
         }
 
     def train(self, steps: int) -> float:

@@ -24,10 +24,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from checkpoint import Run, keep_best, load, require_same, restore_run, rng_state, save_run, set_rng_state
+from checkpoint import Run, keep_best, load, read_newest, require_same, restore_run, rng_state, save_run, set_rng_state
 from config import format_config, run_stage
 from dataloader import Loader, Prefetcher
-from device import autocast, keep_freed_memory, peak_flops, peak_memory_bytes, resolve_device, resolve_dtype
+from device import (
+    autocast,
+    keep_freed_memory,
+    peak_flops,
+    peak_memory_bytes,
+    resolve_device,
+    resolve_dtype,
+    warn_if_slow,
+)
 from distributed import agree, average, highest, own_device, rank_0_first, rank_and_world, seed_rank, started
 from eval_perplexity import evaluate_loss
 from interruption import Interruption
@@ -147,7 +155,7 @@ def train_loop(
     config, rank = run.config, loader.rank
     figures: dict[str, Any] = {}
     meter = Throughput(run.model.flops_per_token() // loader.world_size, peak_flops(run.device))
-    saved_at = time.monotonic()
+    saved_at, begun, expected = time.monotonic(), run.step, ""
     with (
         Interruption(patient=loader.world_size > 1) as interruption,
         Prefetcher(loader, run.step, run.device) as batches,
@@ -181,6 +189,9 @@ def train_loop(
                 event |= {**meter.read(), "peak_memory_bytes": peak_memory_bytes(run.device)}
                 metrics.write(event)
                 bar.set_postfix_str(f"loss {loss:.3f}, {event['tokens_per_s']:,.0f} tokens/s", refresh=False)
+                if not expected and run.step >= begun + 3:
+                    expected = expected_time(config, run.step, event["tokens_per_s"])
+                    tqdm.write(expected)
             if last or run.step % config.eval_interval == 0:
                 figures = {**seen(run, loader.stream), **evaluate(run, val_stream)}
                 metrics.write(figures)
@@ -368,17 +379,22 @@ def start_run(config: TrainConfig, shards: Shards) -> Run:
     Raises ValueError if the run there, or the one of `init_from`, does not match what `config` asks for.
     """
     device = own_device(resolve_device(config.device))
-    dtype = resolve_dtype(config.dtype, device)
+    payload = read_newest(Path(config.out_dir), set_aside=True)
+    shape = (config.batch_size or 1) * config.block_size, config.n_embd
+    dtype = resolve_dtype(config.dtype, device, *shape, began_in=payload.get("dtype") if payload else None)
+    warn_if_slow(dtype, device, *shape)
     if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(config.seed)
     model = GPT(config).to(device)
     model.chunked_loss = config.chunked_loss
-    optimizers = make_optimizers(model, config, device)
+    optimizers = make_optimizers(model, config, device, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     tokenizer = Tokenizer.from_json(shards.tokenizer_json(), f"{shards.path}/tokenizer.json")
     run = Run(config, model, optimizers, scaler, tokenizer, shards.fingerprint(), device, dtype)
-    if not restore_run(run) and config.init_from is not None:
+    if payload is not None:
+        restore_run(run, payload)
+    elif config.init_from is not None:
         source, source_tokenizer, payload = load(config.init_from, device)
         where = f"--init_from={config.init_from}"
         require_same(config, payload["model_config"], where, "set those values here")
@@ -407,6 +423,16 @@ def seen(run: Run, stream: TokenStream) -> dict[str, Any]:
     n_bytes = round(run.tokens * stream.bytes_per_token) if stream.bytes_per_token else None
     flops = run.tokens * run.model.flops_per_token()
     return {"step": run.step, "tokens": run.tokens, "bytes": n_bytes, "flops": flops}
+
+
+def expected_time(config: TrainConfig, step: int, tokens_per_s: float) -> str:
+    """How long the steps after `step` and their evaluations take at that speed: a token evaluated takes a third of the
+    time of one trained on."""
+    tokens = config.tokens_before(config.max_steps) - config.tokens_before(step)
+    evaluations = -(-config.max_steps // config.eval_interval) - step // config.eval_interval
+    minutes = (tokens + evaluations * config.eval_tokens / 3) / tokens_per_s / 60
+    time_left = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
+    return f"about {time_left} to go: {tokens:,} tokens at {tokens_per_s:,.0f} tokens/s, and {evaluations} evaluations"
 
 
 def compile_model(run: Run, cache_dir: Path) -> None:

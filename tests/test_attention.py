@@ -5,8 +5,14 @@ import torch.nn.functional as F
 from attention import CHUNK, causal_attention
 
 
+@pytest.fixture(params=[True, False], ids=["bf16 native", "bf16 emulated"])
+def either_processor(request, monkeypatch) -> None:
+    """Attention as processors with and without bf16 instructions choose it, whichever this one is."""
+    monkeypatch.setattr("attention.bf16_is_native", lambda: request.param)
+
+
 @pytest.mark.parametrize("T", [1, 7, CHUNK, 2 * CHUNK + 3])
-def test_bf16_attention_on_a_cpu_and_its_gradients_are_torchs(T):
+def test_bf16_attention_on_a_cpu_and_its_gradients_are_torchs(T, either_processor):
     torch.manual_seed(0)
     qkv = torch.randn(2, T, 3, 2, 24).bfloat16()
     gradient = torch.randn(2, 2, T, 24)
@@ -25,7 +31,7 @@ def test_bf16_attention_on_a_cpu_and_its_gradients_are_torchs(T):
         assert (a - b).norm() < 2 * (theirs - b).norm() + 1e-6, "as near to the truth as torch's own"
 
 
-def test_bf16_attention_on_a_cpu_minds_documents_and_shared_heads_as_torchs_does():
+def test_bf16_attention_on_a_cpu_minds_documents_and_shared_heads_as_torchs_does(either_processor):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, 200, 24).bfloat16() for heads in (4, 2, 2))
     gradient = torch.randn(2, 4, 200, 24)

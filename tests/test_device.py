@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from device import autocast, peak_memory_bytes, resolve_device, resolve_dtype
+from device import autocast, peak_memory_bytes, relative_time, resolve_device, resolve_dtype, warn_if_slow
 
 CPU = torch.device("cpu")
 
@@ -18,7 +18,51 @@ def test_cuda_takes_bf16_only_where_it_is_native(capability, expected, monkeypat
 def test_mps_is_fp32_and_names_override():
     assert resolve_dtype(None, torch.device("mps")) == torch.float32
     assert resolve_dtype("float32", CPU) == torch.float32
-    assert resolve_dtype(None, CPU) in (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("bf16_time", "began_in", "expected"),
+    [
+        (0.5, None, torch.bfloat16),
+        (0.95, None, torch.float32),
+        (5.0, None, torch.float32),
+        (0.95, "bfloat16", torch.bfloat16),  # a measurement near one must not change a run that goes on
+        (0.8, "float32", torch.float32),
+        (5.0, "bfloat16", torch.float32),  # a run that moved to another processor
+        (0.5, "float32", torch.bfloat16),
+    ],
+)
+def test_a_cpu_takes_what_it_measures_to_be_fast_and_a_run_keeps_what_it_began_in(
+    bf16_time, began_in, expected, monkeypatch
+):
+    monkeypatch.setattr("device._relative_time", lambda dtype, rows, width: bf16_time)
+    assert resolve_dtype(None, CPU, began_in=began_in) == expected
+
+
+def test_the_measurement_finds_a_slow_arithmetic_slow_and_says_so(capsys):
+    assert relative_time(torch.float64) > 1.2, "half as many numbers in a register"
+    warn_if_slow(torch.float64, CPU)
+    assert "--dtype=float64: this processor takes" in capsys.readouterr().err
+    warn_if_slow(torch.float32, CPU)
+    assert not capsys.readouterr().err
+
+
+def test_autocast_and_the_compiler_leave_the_measurement_alone(monkeypatch):
+    """Measured while a model is traced under autocast, it must compare what it says."""
+    import device
+
+    seen = []
+
+    def linear(x, weight):
+        seen.append((x @ weight.T).dtype)
+        return x
+
+    device._relative_time.cache_clear()
+    monkeypatch.setattr("device.F.linear", linear)
+    with autocast(CPU, torch.bfloat16):
+        relative_time(torch.bfloat16, 4, 8)
+    device._relative_time.cache_clear()
+    assert set(seen) == {torch.float32, torch.bfloat16}
 
 
 def test_what_is_not_there_is_refused():

@@ -1,6 +1,7 @@
 """Two processes of the real command, connected through gloo, against one."""
 
 import json
+import math
 import os
 import signal
 import socket
@@ -54,9 +55,10 @@ def test_two_processes_end_with_the_weights_of_one(run_arguments, tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert out.count("parameters, 2 x cpu") == 1 and out.count("bits per byte") == 2  # the evaluation, the end
-    one, two = (read(tmp_path / name / "last.pt") for name in ("one", "two"))
-    for name, weight in one["model"].items():
-        assert torch.allclose(weight, two["model"][name], rtol=1e-6, atol=1e-6), name
+    one, two = (flat_weights(tmp_path / name) for name in ("one", "two"))
+    # Sums of another order differ by some 1e-6 of a gradient in fp32, and AdamW moves a weight by about its rate.
+    moved = 5 * 1e-3 * math.sqrt(len(one))
+    assert (one - two).norm() < 1e-4 * moved
     for a, b in zip(events(tmp_path / "one"), events(tmp_path / "two"), strict=True):
         assert a["step"] == b["step"]
         for key in {"loss", "grad_norm", "val_loss"} & set(a):
@@ -80,13 +82,11 @@ def test_a_signal_to_one_process_stops_both_and_the_same_command_goes_on(run_arg
     step = read(cut / "last.pt")["step"]
     assert [process.returncode for process in processes] == [128, 128 + signal.SIGTERM]
     assert 0 < step < 150 and f"saved step {step}" in err and "Traceback" not in err + other_err
-    processes = ranks(*settings, f"--out_dir={cut}")
-    train(load_config(TrainConfig, [*settings, f"--out_dir={tmp_path / 'whole'}"]))
-    for process in processes:
-        assert process.communicate(timeout=60) and process.returncode == 0
+    for out_dir in (cut, tmp_path / "whole"):
+        for process in ranks(*settings, f"--out_dir={out_dir}"):
+            assert process.communicate(timeout=60) and process.returncode == 0
     assert [event["step"] for event in events(cut)] == [*range(1, 151), 150]
-    one, two = (flat_weights(path) for path in (tmp_path / "whole", cut))
-    assert (one - two).norm() < 1e-5 * one.norm()
+    assert torch.equal(flat_weights(cut), flat_weights(tmp_path / "whole")), "as if it had not been interrupted"
 
 
 def flat_weights(out_dir: Path) -> torch.Tensor:

@@ -39,7 +39,8 @@ NOT_HERE = (
 
 SMALL_ROWS = "\nsource = 'files:data/raw/*.json.gz'\n"
 SMALL_DATA = "\npackage_bytes = 5_000\n"
-SMALL_RUN = "\nn_layer = 1\nmax_steps = 3\neval_tokens = 1024\nsample_interval = 3\ncompile = False\n"
+SMALL_MODEL = "\nn_layer = 1\nn_head = 2\nn_embd = 64\n"
+SMALL_RUN = SMALL_MODEL + "max_steps = 3\neval_tokens = 1024\nsample_interval = 3\ncompile = False\n"
 
 PROBLEM = {
     "task_id": "P/1",

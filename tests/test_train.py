@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from config import load_config
 from dataloader import Loader
 from model import GPT
 from recipe import learning_rate, make_optimizers
-from train import TrainConfig, open_dataset, start_run, train, train_step
+from train import TrainConfig, expected_time, open_dataset, start_run, train, train_step
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,6 +80,14 @@ def test_a_signal_saves_before_leaving_and_the_run_goes_on(number, run_arguments
     train(load_config(TrainConfig, [*settings, f"--out_dir={tmp_path / 'cut'}"]))
     train(load_config(TrainConfig, [*settings, f"--out_dir={tmp_path / 'whole'}"]))
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_run_says_how_long_it_will_take_from_its_first_steps(run_config, capsys):
+    train(dataclasses.replace(run_config, max_steps=6))
+    said = re.findall(r"^about \d+ minutes to go: 768 tokens at .*, and 2 evaluations$", capsys.readouterr().out, re.M)
+    assert len(said) == 1
+    whole_day = dataclasses.replace(run_config, tokens_per_step=2**14, max_steps=5912, eval_tokens=2**20)
+    assert expected_time(whole_day, 0, 1000).startswith("about 141.8 hours to go: 96,862,208 tokens at 1,000 tokens/s")
 
 
 def test_a_reader_that_leaves_is_an_interruption_and_the_run_is_saved(run_arguments, tmp_path):
