@@ -2,8 +2,8 @@
 
 The steps and the state are torch.optim.Muon's (match_rms_adamw), so a checkpoint of either continues with the other.
 What differs is how the orthogonal matrix is computed. torch's iteration runs in bf16 whatever the hardware, matrix by
-matrix: on a CPU without bf16 instructions that is 94% of a step of the tiny model. Here it runs in the arithmetic of
-the run, and matrices of equal shape go through it together.
+matrix: on a CPU without bf16 instructions that is 94% of a step of the tiny model. Here it runs in the arithmetic that
+autocast asks for, as the rest of a step does, and matrices of equal shape go through it together.
 
 Sources: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; the scale of a step from Liu
 et al., "Muon is Scalable for LLM Training", 2025.
@@ -21,7 +21,8 @@ SMALLEST_NORM = 1e-7
 class Muon(torch.optim.Optimizer):
     """Muon for matrices, with Nesterov momentum and decoupled weight decay; `lr` is on AdamW's scale.
 
-    `dtype` is the arithmetic of the orthogonalization; momentum and weights stay in the parameters' own.
+    A step under autocast orthogonalizes in autocast's dtype, else in the parameters' own; momentum and weights stay in
+    theirs.
     """
 
     def __init__(
@@ -31,10 +32,8 @@ class Muon(torch.optim.Optimizer):
         *,
         momentum: float = 0.95,
         weight_decay: float = 0.1,
-        dtype: torch.dtype = torch.float32,
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.dtype = dtype
         for parameter in (p for group in self.param_groups for p in group["params"]):
             if parameter.dim() != 2:
                 raise ValueError(f"Muon: a parameter of shape {tuple(parameter.shape)}; it takes matrices only")
@@ -59,7 +58,9 @@ class Muon(torch.optim.Optimizer):
         means = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         torch._foreach_lerp_(means, grads, 1 - momentum)
         updates = torch.stack(torch._foreach_lerp(grads, means, momentum))  # (N, rows, columns)
-        updates = orthogonalize(updates, self.dtype).to(parameters[0].dtype)
+        device = updates.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else updates.dtype
+        updates = orthogonalize(updates, dtype).to(parameters[0].dtype)
         torch._foreach_mul_(parameters, 1 - lr * weight_decay)
         rms = 0.2 * math.sqrt(max(parameters[0].shape))  # makes a step's mean square AdamW's usual one
         torch._foreach_add_(parameters, list(updates.unbind()), alpha=-lr * rms)

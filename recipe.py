@@ -97,11 +97,9 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.min_lr + left * (recipe.learning_rate - recipe.min_lr)
 
 
-def make_optimizers(
-    model: GPT, recipe: Recipe, device: torch.device, dtype: torch.dtype = torch.float32
-) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: GPT, recipe: Recipe, device: torch.device) -> list[torch.optim.Optimizer]:
     """AdamW with decay on the 2-D weights only (Loshchilov and Hutter, 2019), and if it is asked for, Muon for the
-    blocks' matrices, its products in `dtype`.
+    blocks' matrices.
 
     Muon sees q, k and v apart, because they are parameters of their own.
     """
@@ -121,7 +119,7 @@ def make_optimizers(
         torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, fused=fused)
     ]
     if recipe.optimizer == "muon":
-        settings = {"momentum": recipe.momentum, "dtype": dtype, **decayed}
+        settings = {"momentum": recipe.momentum, **decayed}
         optimizers.append(Muon([{"params": matrices, "rate": 1.0}], recipe.learning_rate, **settings))
     held = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(map(id, parameters)), "the optimizers must hold each parameter once"

@@ -122,6 +122,8 @@ def train_rank(config: TrainConfig) -> dict[str, Any]:
             print(f"batch_size: {config.batch_size}")
     if run.step != highest(run.step):
         raise ValueError(f"{config.out_dir}: not the same in every process; name a folder that all machines share")
+    if highest(run.dtype == torch.float32):  # on a CPU each process has measured for itself
+        run.dtype = torch.float32
     metrics = start_metrics(run) if rank == 0 else None
     where = str(run.device) if world_size == 1 else f"{world_size} x {run.device.type}"
     print(
@@ -264,8 +266,9 @@ def train_step(
     max_norm = math.inf if run.config.grad_clip is None else run.config.grad_clip
     grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), max_norm)
     overflowed = run.scaler.is_enabled() and not grad_norm.isfinite()  # in fp16: then no optimizer takes the step
-    for optimizer in () if overflowed else run.optimizers:
-        run.scaler.step(optimizer)
+    with autocast(run.device, run.dtype):  # Muon's products
+        for optimizer in () if overflowed else run.optimizers:
+            run.scaler.step(optimizer)
     run.scaler.update()
     run.model.zero_grad(set_to_none=True)
     return mean_loss, grad_norm
@@ -388,7 +391,7 @@ def start_run(config: TrainConfig, shards: Shards) -> Run:
     torch.manual_seed(config.seed)
     model = GPT(config).to(device)
     model.chunked_loss = config.chunked_loss
-    optimizers = make_optimizers(model, config, device, dtype)
+    optimizers = make_optimizers(model, config, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     tokenizer = Tokenizer.from_json(shards.tokenizer_json(), f"{shards.path}/tokenizer.json")
     run = Run(config, model, optimizers, scaler, tokenizer, shards.fingerprint(), device, dtype)
