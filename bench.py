@@ -114,7 +114,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
 
 def require_here(config: BenchConfig) -> None:
     """Raise ValueError if the device, the peer or transformers is not on this machine."""
-    resolve_dtype(config.dtype, resolve_device(config.device))
+    resolve_device(config.device)
     if config.peer is not None and not (Path(config.peer) / "model.py").is_file():
         raise ValueError(
             f"--peer={config.peer}: no model.py there; git clone https://github.com/karpathy/nanoGPT {config.peer}"
@@ -127,7 +127,11 @@ def require_here(config: BenchConfig) -> None:
 def start_workers(config: BenchConfig, folder: Path) -> Iterator[list[Worker]]:
     """The systems to time, ours first, each started; with data in `folder` unless the dataset is there."""
     dataset = choose_dataset(config, folder)
-    settings = dataclasses.replace(config, dataset=dataset, out_dir=str(folder / "run"), init_from=None)
+    dtype = resolve_dtype(
+        config.dtype, resolve_device(config.device), config.batch_size * config.block_size, config.n_embd
+    )
+    chosen = {"dataset": dataset, "dtype": str(dtype).removeprefix("torch."), "init_from": None}
+    settings = dataclasses.replace(config, out_dir=str(folder / "run"), **chosen)
     common = settings, Decoding(config.decode_prompt, DTYPES[config.decode_dtype], quantize=config.quantize)
     arguments: dict[str, tuple[Any, ...]] = {OURS: common}
     if config.peer is not None:

@@ -1,7 +1,7 @@
 """A model made ready for decoding, where a token costs the reading of every weight: packed, or in fewer bytes.
 
 On a CPU weights are packed once into the blocks in which oneDNN's products read them, which nn.Linear does at every
-call. `quantize` stores them in fewer bytes, which one to four rows read sooner:
+call. `quantize` stores them in fewer bytes, which makes decoding of one to four rows faster:
 
     float16   half of fp32's bytes, products in fp32 (FBGEMM's, x86 only); logits are within 0.1%
     int8      a quarter, each output row with a scale of its own (Dettmers et al., "LLM.int8()", 2022); products in bf16
@@ -61,14 +61,17 @@ class Float16Linear(nn.Module):
 class Int8Linear(nn.Module):
     """x weight^T + bias, of a weight (N, K) rounded to int8."""
 
-    MOST_ROWS = 4  # of activations that torch's int8 product is the faster for
+    MOST_ROWS = 4  # of activations for which torch's int8 product is the faster
+    STRIDE = 32  # columns that it reads at once: of a width that is no multiple, it reads past the end
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, batch_size: int):
         super().__init__()
         on_cpu = weight.device.type == "cpu"
         # torch's int8 product is a loop of single numbers in fp32 on a CPU without AVX-512, and fast in bf16 on all.
         self.few_dtype = torch.bfloat16 if on_cpu else weight.dtype
-        self.many_dtype = torch.float32 if on_cpu and relative_time(torch.bfloat16) > 1 else weight.dtype
+        emulated = on_cpu and weight.dtype != torch.float32 and relative_time(weight.dtype) > 1
+        self.many_dtype = torch.float32 if emulated else weight.dtype
+        self.most_rows = self.MOST_ROWS if on_cpu and weight.size(1) % self.STRIDE == 0 else 0
         scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-7) * (1 + 2**-8)  # so that bf16 rounds none too small
         self.scale = scale.to(self.few_dtype)  # (N)
         steps = weight.float() / self.scale.float()[:, None]
@@ -76,13 +79,12 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.size(-1))
-        if rows.device.type == "cpu" and len(rows) <= self.MOST_ROWS:
+        if len(rows) <= self.most_rows:
             y = torch._weight_int8pack_mm(rows.to(self.few_dtype), self.weight, self.scale)
         else:
             y = F.linear(rows.to(self.many_dtype), self.weight.to(self.many_dtype)) * self.scale.to(self.many_dtype)
-        y = y.to(x.dtype)
         y = y if self.bias is None else y + self.bias
-        return y.view(*x.shape[:-1], -1)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 QUANTIZATIONS: dict[str, type[nn.Module]] = {"float16": Float16Linear, "int8": Int8Linear}
@@ -129,8 +131,12 @@ def _choose_layer(head: torch.Tensor, batch_size: int, quantize: str | None) -> 
 
 def _runs(layer: type[nn.Module], weight: torch.Tensor, batch_size: int) -> bool:
     try:
-        layer(weight[:32], None, batch_size)(weight.new_zeros(batch_size, weight.size(1)))
-    except (AttributeError, NotImplementedError, RuntimeError):  # another build or processor
+        made = layer(weight[:32], None, batch_size)
+        for rows in (1, batch_size):
+            made(weight.new_zeros(rows, weight.size(1)))
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, RuntimeError):  # another build or processor
         return False
     return True
 
@@ -152,9 +158,10 @@ def _warn_if_slower(layer: type[nn.Module], head: torch.Tensor, batch_size: int,
     times = best_s["this"] / best_s["fp32"]
     if times > 1.1:
         flag = f"--quantize={quantize}" if quantize else f"--dtype={str(head.dtype).removeprefix('torch.')}"
+        remedy = ", or decode at most 4 at once" if quantize == "int8" and batch_size > 4 else ""
         print(
-            f"warning: {flag}: for {batch_size} rows at once this processor takes {times:.1f} times as long as in "
-            "float32; leave it out" + (", or decode up to four rows" if quantize == "int8" and batch_size > 4 else ""),
+            f"warning: {flag}: decoding {batch_size} at once, this processor takes {times:.1f} times as long as in "
+            f"float32; leave it out{remedy}",
             file=sys.stderr,
         )
 

@@ -16,7 +16,7 @@ import torch
 
 IGNORE = -1  # a target that does not count in the loss
 CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**31}  # of logits held at once; larger chunks make better matrix products
-BLOCK_COLUMNS = 8192  # of logits made at once on a CPU, at most
+BLOCK_ROW_BYTES = 2**14  # of a row of logits made at once on a CPU, at most: 8,192 columns in bf16, 4,096 in fp32
 FP16_SCALE = 2.0**12  # keeps the smallest gradients of fp16 above its smallest number
 
 
@@ -75,7 +75,7 @@ def linear_cross_entropy(
 def _sizes(n_rows: int, n_columns: int, x: torch.Tensor, chunk_bytes: int) -> tuple[int, int]:
     """Rows of a chunk and columns of a block."""
     n_chunks = -(-n_rows * n_columns * x.element_size() // chunk_bytes)
-    fewest = -(-n_columns // BLOCK_COLUMNS)
+    fewest = -(-n_columns * x.element_size() // BLOCK_ROW_BYTES)
     fits = [n for n in range(fewest, 2 * fewest + 1) if n_columns % n == 0]
     n_blocks = fits[0] if fits and x.device.type == "cpu" else 1
     return -(-n_rows // max(1, n_chunks)), n_columns // n_blocks

@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from attention import causal_attention
+from device import bf16_is_native
 from loss import IGNORE, PLAIN, linear_cross_entropy
 
 
@@ -287,6 +288,7 @@ class GPT(nn.Module):
         """Compile, in place, what a training step runs; or undo that."""
         self.compiled_trunk, self.kernels = None, PLAIN
         self.__dict__.pop("forward", None)
+        torch.compiler.assume_constant_result(bf16_is_native)  # measured as it is traced, which attention asks for
         if compiled and self.chunked_loss:
             self.compiled_trunk, self.kernels = torch.compile(self._trunk, dynamic=False), PLAIN.compiled()
         elif compiled:

@@ -1,6 +1,6 @@
 """Muon: momentum whose every matrix is replaced by the nearest orthogonal one, for the blocks' 2-D weights.
 
-The steps and the state are torch.optim.Muon's (match_rms_adamw), so a checkpoint of either continues with the other.
+The steps and the state are torch.optim.Muon's (match_rms_adamw): a run begun with one continues with the other.
 What differs is how the orthogonal matrix is computed. torch's iteration runs in bf16 whatever the hardware, matrix by
 matrix: on a CPU without bf16 instructions that is 94% of a step of the tiny model. Here it runs in the arithmetic that
 autocast asks for, as the rest of a step does, and matrices of equal shape go through it together.
@@ -79,7 +79,7 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) ->
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=SMALLEST_NORM)
     x = x.to(dtype)  # (N, m, n), m <= n
     m, n = x.shape[1:]
-    wide = dtype == torch.float32 and n > 1.5 * m  # where it is less work: 2 r + 17 products of m^3, not 5 (2 r + 1)
+    wide = dtype == torch.float32 and n > 1.5 * m  # of r = n / m: 2 r + 17 products of m^3 there, 5 (2 r + 1) directly
     x = _through_gram(x) if wide else _directly(x)
     return x.mT if tall else x
 

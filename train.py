@@ -122,7 +122,7 @@ def train_rank(config: TrainConfig) -> dict[str, Any]:
             print(f"batch_size: {config.batch_size}")
     if run.step != highest(run.step):
         raise ValueError(f"{config.out_dir}: not the same in every process; name a folder that all machines share")
-    if highest(run.dtype == torch.float32):  # on a CPU each process has measured for itself
+    if agree(run.dtype == torch.float32):  # on a CPU each process has measured for itself
         run.dtype = torch.float32
     metrics = start_metrics(run) if rank == 0 else None
     where = str(run.device) if world_size == 1 else f"{world_size} x {run.device.type}"
@@ -191,8 +191,8 @@ def train_loop(
                 event |= {**meter.read(), "peak_memory_bytes": peak_memory_bytes(run.device)}
                 metrics.write(event)
                 bar.set_postfix_str(f"loss {loss:.3f}, {event['tokens_per_s']:,.0f} tokens/s", refresh=False)
-                if not expected and run.step >= begun + 3:
-                    expected = expected_time(config, run.step, event["tokens_per_s"])
+                if not expected and run.step >= begun + 3 and not last:
+                    expected = expected_time(config, run.step, event["tokens_per_s"], loader.world_size)
                     tqdm.write(expected)
             if last or run.step % config.eval_interval == 0:
                 figures = {**seen(run, loader.stream), **evaluate(run, val_stream)}
@@ -428,14 +428,14 @@ def seen(run: Run, stream: TokenStream) -> dict[str, Any]:
     return {"step": run.step, "tokens": run.tokens, "bytes": n_bytes, "flops": flops}
 
 
-def expected_time(config: TrainConfig, step: int, tokens_per_s: float) -> str:
-    """How long the steps after `step` and their evaluations take at that speed: a token evaluated takes a third of the
-    time of one trained on."""
+def expected_time(config: TrainConfig, step: int, tokens_per_s: float, world_size: int = 1) -> str:
+    """How long the steps after `step`, and the evaluations from there on, take at the speed of all ranks: a token
+    evaluated takes a third of the time of one trained on, in one rank alone."""
     tokens = config.tokens_before(config.max_steps) - config.tokens_before(step)
-    evaluations = -(-config.max_steps // config.eval_interval) - step // config.eval_interval
-    minutes = (tokens + evaluations * config.eval_tokens / 3) / tokens_per_s / 60
-    time_left = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
-    return f"about {time_left} to go: {tokens:,} tokens at {tokens_per_s:,.0f} tokens/s, and {evaluations} evaluations"
+    evaluations = -(-config.max_steps // config.eval_interval) - (step - 1) // config.eval_interval
+    minutes = (tokens + evaluations * config.eval_tokens * world_size / 3) / tokens_per_s / 60
+    time_left = f"{max(1, minutes):.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    return f"about {time_left} to go: {tokens:,} tokens at {tokens_per_s:,.0f} tokens/s, evaluations: {evaluations}"
 
 
 def compile_model(run: Run, cache_dir: Path) -> None:

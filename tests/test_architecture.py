@@ -18,7 +18,7 @@ ROOMS = {
     "loss": (set(), {"torch"}),
     "device": (set(), {"torch"}),
     "attention": ({"device"}, {"torch"}),
-    "model": ({"loss", "attention"}, {"torch"}),
+    "model": ({"device", "loss", "attention"}, {"torch"}),
     "muon": (set(), {"torch"}),
     "recipe": ({"model", "muon"}, {"torch"}),
     "decoding": ({"device", "model"}, {"torch"}),

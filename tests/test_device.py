@@ -47,8 +47,8 @@ def test_the_measurement_finds_a_slow_arithmetic_slow_and_says_so(capsys):
     assert not capsys.readouterr().err
 
 
-def test_autocast_and_the_compiler_leave_the_measurement_alone(monkeypatch):
-    """Measured while a model is traced under autocast, it must compare what it says."""
+def test_autocast_leaves_the_measurement_alone(monkeypatch):
+    """Measured in a forward pass under autocast, it must compare what it says."""
     import device
 
     seen = []

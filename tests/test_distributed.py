@@ -34,10 +34,10 @@ def launch(*arguments: str) -> subprocess.Popen:
     return subprocess.Popen([*torchrun, "train.py", *arguments], cwd=ROOT, text=True, **pipes)
 
 
-def ranks(*arguments: str) -> list[subprocess.Popen]:
+def ranks(*arguments: str, program: tuple[str, ...] = ("train.py",)) -> list[subprocess.Popen]:
     """Two processes with torchrun's variables, and not torchrun, which would pass on signals."""
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "train.py", *arguments]
+    command = [sys.executable, *program, *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     variables = [{**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
     return [subprocess.Popen(command, cwd=ROOT, text=True, env=env, **pipes) for env in variables]
@@ -63,6 +63,17 @@ def test_two_processes_end_with_the_weights_of_one(run_arguments, tmp_path):
         assert a["step"] == b["step"]
         for key in {"loss", "grad_norm", "val_loss"} & set(a):
             assert a[key] == pytest.approx(b[key], rel=1e-5)
+
+
+def test_processes_that_measure_differently_compute_alike(run_arguments, tmp_path):
+    """Rank 0 finds bf16 fast and rank 1 does not: both train in fp32."""
+    stub = "import os, device; device._relative_time = lambda *_: 0.5 if os.environ['RANK'] == '0' else 9.0; "
+    program = stub + "from train import *; run_stage(train, TrainConfig)"
+    settings = [argument for argument in run_arguments if not argument.startswith("--dtype")]
+    processes = ranks(*settings, "--max_steps=2", f"--out_dir={tmp_path / 'two'}", program=("-c", program))
+    for process in processes:
+        assert process.communicate(timeout=60) and process.returncode == 0
+    assert read(tmp_path / "two" / "last.pt")["dtype"] == "float32"
 
 
 def test_a_signal_to_one_process_stops_both_and_the_same_command_goes_on(run_arguments, tmp_path):

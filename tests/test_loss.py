@@ -39,7 +39,7 @@ def test_loss_and_gradients_equal_float64_whatever_the_chunks(problem, dtype, to
 
 
 def test_blocks_of_columns_and_compiled_passes_change_nothing(problem, monkeypatch):
-    monkeypatch.setattr("loss.BLOCK_COLUMNS", 128)
+    monkeypatch.setattr("loss.BLOCK_ROW_BYTES", 512)
     want = with_gradients(reference, *(tensor.double() for tensor in problem[:2]), problem[2])
     for kernels in (PLAIN, PLAIN.compiled()):
         got = with_gradients(lambda *args, k=kernels: linear_cross_entropy(*args, k, chunk_bytes=100_000), *problem)

@@ -33,7 +33,7 @@ def torchs(parameters) -> torch.optim.Optimizer:
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     # Units of rounding times 3.4445^5, the slope of five polynomials at zero: what raises a small singular value.
-    [(torch.float64, 485 * 2**-53), (torch.float32, 485 * 2**-24), (torch.bfloat16, 4 * 2**-8)],
+    [(torch.float64, 485 * 2**-53), (torch.float32, 485 * 2**-24), (torch.bfloat16, 8 * 2**-8)],
 )
 def test_steps_are_torchs_in_equal_arithmetic(dtype, tolerance, monkeypatch):
     weights = torch.float64 if dtype == torch.float64 else torch.float32
@@ -41,7 +41,7 @@ def test_steps_are_torchs_in_equal_arithmetic(dtype, tolerance, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor.to(dtype, copy=True))
     theirs = after_steps(torchs, weights, torch.float32)
     for a, b in zip(ours, theirs, strict=True):
-        assert (a - b).square().mean().sqrt() < tolerance * MOVED * 10
+        assert (a - b).square().mean().sqrt() < tolerance * MOVED
 
 
 def test_a_checkpoint_of_torchs_muon_goes_on():

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import muon
 from checkpoint import read
 from config import load_config
 from dataloader import Loader
@@ -82,12 +83,29 @@ def test_a_signal_saves_before_leaving_and_the_run_goes_on(number, run_arguments
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_a_run_keeps_the_arithmetic_it_began_in_unless_that_is_slow_here(run_config, tmp_path, monkeypatch):
+    """A measurement near one must not change the bits of a run that goes on; Muon's products are in the same."""
+    config = dataclasses.replace(run_config, dtype=None, optimizer="muon", max_steps=2)
+    muons, orthogonalize = [], muon.orthogonalize
+
+    def watched(matrices, dtype):
+        muons.append(dtype)
+        return orthogonalize(matrices, dtype)
+
+    monkeypatch.setattr("muon.orthogonalize", watched)
+    for max_steps, bf16_time, expected in ((2, 0.5, "bfloat16"), (3, 0.95, "bfloat16"), (4, 9.0, "float32")):
+        monkeypatch.setattr("device._relative_time", lambda dtype, rows, width, times=bf16_time: times)
+        train(dataclasses.replace(config, max_steps=max_steps))
+        assert read(tmp_path / "run" / "last.pt")["dtype"] == expected
+        assert muons[-1] == getattr(torch, expected)
+
+
 def test_a_run_says_how_long_it_will_take_from_its_first_steps(run_config, capsys):
     train(dataclasses.replace(run_config, max_steps=6))
-    said = re.findall(r"^about \d+ minutes to go: 768 tokens at .*, and 2 evaluations$", capsys.readouterr().out, re.M)
+    said = re.findall(r"^about 1 min to go: 768 tokens at .* tokens/s, evaluations: 2$", capsys.readouterr().out, re.M)
     assert len(said) == 1
     whole_day = dataclasses.replace(run_config, tokens_per_step=2**14, max_steps=5912, eval_tokens=2**20)
-    assert expected_time(whole_day, 0, 1000).startswith("about 141.8 hours to go: 96,862,208 tokens at 1,000 tokens/s")
+    assert expected_time(whole_day, 1, 1000).startswith("about 141.8 h to go: 96,845,824 tokens at 1,000 tokens/s")
 
 
 def test_a_reader_that_leaves_is_an_interruption_and_the_run_is_saved(run_arguments, tmp_path):
