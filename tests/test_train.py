@@ -43,7 +43,7 @@ def test_resume_matches_uninterrupted_run_after_kill_9(run_arguments, tmp_path, 
     """Killed at random moments, with a save at every step so that many fall into one, and started again. Muon and a
     batch that doubles at steps 50 and 100 leave most to go wrong."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    settings = [*run_arguments, f"--max_steps={150 * kills}", "--checkpoint_interval=1"]
+    settings = [*run_arguments, f"--max_steps={100 * kills}", "--checkpoint_interval=1"]
     settings += ["--optimizer=muon", "--ramp_doublings=2", "--ramp_steps=100", "--batch_size=2"]
     train(load_config(TrainConfig, [*settings, f"--out_dir={whole}"]))
     command = [sys.executable, "train.py", *settings, f"--out_dir={cut}"]
