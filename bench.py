@@ -23,6 +23,7 @@ from atomic import write_json
 from config import format_config, run_stage
 from decoding import QUANTIZATIONS
 from device import DTYPES, resolve_device, resolve_dtype
+from errors import UserError
 from shards import shards_path
 from systems import SYSTEMS, Decoding, write_random_shards
 from train import TrainConfig, open_dataset
@@ -68,29 +69,29 @@ class BenchConfig(TrainConfig):
     def __post_init__(self) -> None:
         for name in ("rounds", "steps", "micro_steps", "decode_prompt", "decode_tokens", "decode_rounds"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.batch_size is None:
-            raise ValueError("batch_size is None; a benchmark wants a number, such as --batch_size=16")
+            raise UserError("batch_size is None; a benchmark wants a number, such as --batch_size=16")
         object.__setattr__(self, "tokens_per_step", self.micro_steps * self.batch_size * self.block_size)
         for name in ("ramp_doublings", "ramp_steps"):
             object.__setattr__(self, name, 0)
         super().__post_init__()
         for part in self.parts.split(","):
             if part not in PARTS:
-                raise ValueError(f"--parts={self.parts}: {part!r} is not one of {', '.join(PARTS)}")
+                raise UserError(f"--parts={self.parts}: {part!r} is not one of {', '.join(PARTS)}")
         for name in ("decode_batches", "peer_batches"):
             if not all(number.isdecimal() and int(number) > 0 for number in getattr(self, name).split(",")):
-                raise ValueError(f"--{name}={getattr(self, name)}: wants numbers joined by commas, such as 1,20")
+                raise UserError(f"--{name}={getattr(self, name)}: wants numbers joined by commas, such as 1,20")
         if self.quantize not in (None, *QUANTIZATIONS):
-            raise ValueError(f"--quantize={self.quantize}: not one of {', '.join(QUANTIZATIONS)}")
+            raise UserError(f"--quantize={self.quantize}: not one of {', '.join(QUANTIZATIONS)}")
         if self.decode_dtype not in DTYPES:
-            raise ValueError(f"--decode_dtype={self.decode_dtype}: not one of {', '.join(DTYPES)}")
+            raise UserError(f"--decode_dtype={self.decode_dtype}: not one of {', '.join(DTYPES)}")
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:
     """Time what `config` asks for, print the table, save the figures as JSON and return them.
 
-    Raises ValueError for a peer that is not there, or a system that does not fit in memory.
+    Raises UserError for a peer that is not there, or a system that does not fit in memory.
     """
     print(format_config(config))
     require_here(config)
@@ -113,14 +114,14 @@ def bench(config: BenchConfig) -> dict[str, Any]:
 
 
 def require_here(config: BenchConfig) -> None:
-    """Raise ValueError if the device, the peer or transformers is not on this machine."""
+    """Raise UserError if the device, the peer or transformers is not on this machine."""
     resolve_device(config.device)
     if config.peer is not None and not (Path(config.peer) / "model.py").is_file():
-        raise ValueError(
+        raise UserError(
             f"--peer={config.peer}: no model.py there; git clone https://github.com/karpathy/nanoGPT {config.peer}"
         )
     if config.hf and importlib.util.find_spec("transformers") is None:
-        raise ValueError("--hf: transformers is not installed; pip install transformers, or leave it out")
+        raise UserError("--hf: transformers is not installed; pip install transformers, or leave it out")
 
 
 @contextmanager
@@ -153,7 +154,7 @@ def choose_dataset(config: BenchConfig, folder: Path) -> str:
         try:
             open_dataset(config)
             return config.dataset
-        except ValueError as error:
+        except UserError as error:
             reason = str(error)
     n_val = config.steps * config.batch_size * config.block_size + 1
     path = folder / "random"

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from atomic import atomic_write
+from errors import UserError
 from model import GPT, GPTConfig
 from recipe import Recipe
 from tokenizer import Tokenizer
@@ -48,10 +49,10 @@ class Run:
 
 def save_run(run: Run, rng: dict[str, torch.Tensor]) -> None:
     """Save as `last.pt` all that `restore_run` needs; the file of that name becomes `previous.pt`. `rng` is the
-    `rng_state` to continue with. Raises ValueError, saving nothing, if a weight is not finite."""
+    `rng_state` to continue with. Raises UserError, saving nothing, if a weight is not finite."""
     out_dir = Path(run.config.out_dir)
     if not all(parameter.isfinite().all() for parameter in run.model.parameters()):
-        raise ValueError(
+        raise UserError(
             f"step {run.step}: a weight is not finite, so nothing is saved; the checkpoints in {out_dir} are from "
             "before: go on from there with a lower --learning_rate or --dtype=float32"
         )
@@ -73,27 +74,25 @@ def keep_best(run: Run, val_loss: float) -> None:
         save(Path(run.config.out_dir) / "best.pt", _weights(run))
 
 
-def restore_run(run: Run, payload: dict[str, Any]) -> None:
-    """Put `run` where `payload`, the newest checkpoint of its `out_dir`, left it.
-
-    Raises ValueError naming what differs if that run has weights of other shapes, or its data another content or order.
-    """
-    config = run.config
+def require_continuation(config: Recipe, payload: dict[str, Any], data_fingerprint: str) -> None:
+    """Raise UserError, naming what differs, unless a run with `config` can go on from `payload`, the newest checkpoint
+    of its `out_dir`: weights of the same shapes, data of the same content in the same order."""
     if "optimizers" not in payload:
-        raise ValueError(f"{config.out_dir}/last.pt: weights alone, as in best.pt; start a new run with --init_from")
+        raise UserError(f"{config.out_dir}/last.pt: weights alone, as in best.pt; start a new run with --init_from")
     kept = ("seed", "tokens_per_step", "ramp_doublings", "ramp_steps", "optimizer")
     fixed = {**payload["model_config"], **{key: payload["config"][key] for key in kept}}
     require_same(config, fixed, config.out_dir, "set the values of the run to go on, or start another with --out_dir")
-    if payload["data_fingerprint"] != run.data_fingerprint:
-        raise ValueError(
+    if payload["data_fingerprint"] != data_fingerprint:
+        raise UserError(
             f"{config.out_dir}: began on dataset {payload['config']['dataset']!r}, and {config.dataset!r} does not "
             "hold what that held; restore it, or start another run with --out_dir"
         )
     if payload["step"] > config.max_steps:
-        raise ValueError(
-            f"{config.out_dir}: at step {payload['step']}, beyond --max_steps={config.max_steps}; raise it"
-        )
-    run.model.load_state_dict(payload["model"])
+        raise UserError(f"{config.out_dir}: at step {payload['step']}, beyond --max_steps={config.max_steps}; raise it")
+
+
+def restore_run(run: Run, payload: dict[str, Any]) -> None:
+    """Put `run`, whose model has the weights of `payload` already, where that checkpoint left it."""
     for optimizer, saved in zip(run.optimizers, payload["optimizers"], strict=True):
         groups = optimizer.state_dict()["param_groups"]  # with the weight decay and betas that are asked for now
         optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
@@ -104,12 +103,12 @@ def restore_run(run: Run, payload: dict[str, Any]) -> None:
 
 
 def require_same(config: GPTConfig, fixed: dict[str, Any], where: str, remedy: str) -> None:
-    """Raise ValueError naming each setting of `fixed` that is another in `config`; of some, weights know nothing."""
+    """Raise UserError naming each setting of `fixed` that is another in `config`; of some, weights know nothing."""
     free = ("dropout", "zero_init", "document_end")
     different = {key: value for key, value in fixed.items() if getattr(config, key) != value and key not in free}
     if different:
         values = ", ".join(f"{key} is {value} there, {getattr(config, key)} here" for key, value in different.items())
-        raise ValueError(f"{where}: {values}; {remedy}")
+        raise UserError(f"{where}: {values}; {remedy}")
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -146,19 +145,20 @@ def save(path: Path, payload: dict[str, Any], keep: Path | None = None) -> None:
         ) from None
 
 
-def read(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """The payload at `path`, tensors on the CPU. Raises ValueError if it is damaged or not a checkpoint.
+def read(path: Path, mmap: bool = False, verify: bool = True) -> dict[str, Any]:
+    """The payload at `path`, tensors on the CPU. Raises UserError if it is damaged or not a checkpoint.
 
-    Its checksums are compared first: torch writes one a tensor but, reading, does not look at them. With `mmap` the
-    tensors are read from the file when used.
+    Its checksums are compared first: torch writes one per tensor but, reading, does not look at them. With `mmap` the
+    tensors are read from the file when used; whoever uses none of them need not `verify` them, and reads kilobytes.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
-                raise zipfile.BadZipFile
+            for name in archive.namelist():
+                if verify or name.endswith("/data.pkl"):  # which holds all but the tensors
+                    _read_to_the_end(archive, name)
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
-        raise ValueError(
+        raise UserError(
             f"{path}: no such checkpoint; train one with python train.py, or name another --out_dir"
         ) from None
     except (PermissionError, MemoryError):
@@ -166,25 +166,35 @@ def read(path: Path, mmap: bool = False) -> dict[str, Any]:
     except Exception as error:  # a zip, pickle or decoding error: whatever a damaged file leads torch's reader to
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the disk's fault, not the file's
             raise
-        raise ValueError(f"{path}: damaged, or not a checkpoint; name another") from None
+        raise UserError(f"{path}: damaged, or not a checkpoint; name another") from None
     made_by = str(payload.get("format")) if isinstance(payload, dict) else ""
     if made_by != FORMAT and made_by.startswith(FORMAT[:-1]):
-        raise ValueError(f"{path}: written by another version ({made_by}, not {FORMAT}); train anew with --out_dir")
+        raise UserError(f"{path}: written by another version ({made_by}, not {FORMAT}); train anew with --out_dir")
     if made_by != FORMAT:
-        raise ValueError(f"{path}: a torch file, but not a checkpoint of this project; name another --out_dir")
+        raise UserError(f"{path}: a torch file, but not a checkpoint of this project; name another --out_dir")
     return payload
 
 
-def read_newest(out_dir: Path, mmap: bool = False, set_aside: bool = False) -> dict[str, Any] | None:
-    """The payload of a run's newest readable checkpoint; None if it has none yet, ValueError if all are damaged.
+def _read_to_the_end(archive: zipfile.ZipFile, name: str) -> None:
+    """Raise zipfile.BadZipFile if a file in `archive` does not have its checksum."""
+    with archive.open(name) as file:
+        while file.read(2**20):
+            pass
+
+
+def read_newest(
+    out_dir: Path, mmap: bool = False, verify: bool = True, set_aside: bool = False
+) -> dict[str, Any] | None:
+    """The payload of a run's newest readable checkpoint; None if it has none yet. Raises UserError if all
+    are damaged.
 
     A damaged one is passed over with a warning, and with `set_aside` renamed, so that it never becomes `previous.pt`.
     """
     damaged = {}
     for path in (out_dir / "last.pt", out_dir / "previous.pt"):
         try:
-            payload = read(path, mmap)
-        except ValueError as error:
+            payload = read(path, mmap, verify)
+        except UserError as error:
             if path.exists():
                 damaged[path] = error
             continue
@@ -195,40 +205,53 @@ def read_newest(out_dir: Path, mmap: bool = False, set_aside: bool = False) -> d
         return payload
     if damaged:
         first = next(iter(damaged.values()))
-        raise ValueError(f"{first}; none in {out_dir} can be read; to start anew choose another --out_dir")
+        raise UserError(f"{first}; none in {out_dir} can be read; to start anew choose another --out_dir")
     return None
 
 
 def latest_run() -> str:
-    """The folder under out/ with the newest checkpoint. Raises ValueError if there is none."""
+    """The folder under out/ with the newest checkpoint. Raises UserError if there is none."""
     checkpoints = [path for name in ("last.pt", "previous.pt") for path in Path("out").glob(f"*/{name}")]
     if not checkpoints:
-        raise ValueError("out: no run with a checkpoint; train one with python train.py, or name it with --out_dir")
+        raise UserError("out: no run with a checkpoint; train one with python train.py, or name it with --out_dir")
     return str(max(checkpoints, key=lambda path: path.stat().st_mtime).parent)
 
 
 def load(out_dir: str, device: torch.device, which: str = "last") -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """Model in evaluation mode on `device`, tokenizer and payload of the run in `out_dir`, or of one `.pt` file.
 
-    `which` is "last" or "best". Raises ValueError if there is none, or if its tokenizer is not the one it was trained
+    `which` is "last" or "best". Raises UserError if there is none, or if its tokenizer is not the one it was trained
     with or does not fit its vocabulary.
     """
+    tokenizer, payload = open_run(out_dir, which, verify=True)
+    return build_model(GPTConfig(**payload["model_config"]), payload["model"], device).eval(), tokenizer, payload
+
+
+def build_model(config: GPTConfig, weights: dict[str, torch.Tensor], device: torch.device) -> GPT:
+    """A model with a copy of these weights; none are drawn at random first."""
+    with torch.device("meta"):
+        model = GPT(config)
+    model.load_state_dict({name: weight.to(device, copy=True) for name, weight in weights.items()}, assign=True)
+    return model
+
+
+def open_run(out_dir: str, which: str = "last", verify: bool = False) -> tuple[Tokenizer, dict[str, Any]]:
+    """Tokenizer and payload of the run in `out_dir`, or of one `.pt` file, as `load` finds them. The payload's tensors
+    are read when they are used, and unless `verify` is set, not before."""
     path = Path(out_dir)
     if which not in ("last", "best"):
-        raise ValueError(f"--checkpoint={which}: not one of last, best")
+        raise UserError(f"--checkpoint={which}: not one of last, best")
     if path.is_dir() and which == "last":
-        payload = read_newest(path, mmap=True)
+        payload = read_newest(path, mmap=True, verify=verify)
     else:
-        payload = read(path / f"{which}.pt" if path.is_dir() else path, mmap=True)
+        payload = read(path / f"{which}.pt" if path.is_dir() else path, mmap=True, verify=verify)
     if payload is None:
-        raise ValueError(f"{path}: no checkpoint in it yet; train one with python train.py, or name another --out_dir")
+        raise UserError(f"{path}: no checkpoint in it yet; train one with python train.py, or name another --out_dir")
     tokenizer = Tokenizer.from_json(payload["tokenizer"], f"tokenizer in {path}")
-    config = GPTConfig(**payload["model_config"])
-    if tokenizer.sha256 != payload["tokenizer_sha256"] or tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"{path}: its tokenizer is not the one the model was trained with; use another checkpoint")
-    model = GPT(config)
-    model.load_state_dict(payload["model"])
-    return model.to(device).eval(), tokenizer, payload
+    too_large = tokenizer.vocab_size > payload["model_config"]["vocab_size"]
+    if tokenizer.sha256 != payload["tokenizer_sha256"] or too_large:
+        raise UserError(f"{path}: its tokenizer is not the one the model was trained with; use another checkpoint")
+    return tokenizer, payload
 
 
 def _weights(run: Run) -> dict[str, Any]:

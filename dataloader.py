@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
+from errors import UserError
 from shards import TokenStream
 
 
@@ -34,17 +35,17 @@ class Loader:
         self.sequences_per_step, self.rank, self.world_size = sequences_per_step, rank, world_size
         self.tokens_before = tokens_before or (lambda step: step * sequences_per_step * block_size)
         if self.n_blocks < 1:
-            raise ValueError(
+            raise UserError(
                 f"{stream.name}: {len(stream)} tokens, fewer than a block of {block_size} and its last target; "
                 "prepare more data or set a smaller --block_size"
             )
         if sequences_per_step % world_size:
-            raise ValueError(f"{sequences_per_step} sequences a step do not divide among {world_size} ranks")
+            raise UserError(f"{sequences_per_step} sequences a step do not divide among {world_size} ranks")
 
     def batch(self, step: int, pinned: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of this rank in `step`: int32, (sequences of the step / world_size, block_size) each.
 
-        `pinned` puts them where a CUDA device can fetch them by itself. Raises ValueError on an impossible id.
+        `pinned` puts them where a CUDA device can fetch them by itself. Raises UserError on an impossible id.
         """
         first, end = (self.tokens_before(i) // self.block_size for i in (step, step + 1))
         samples = np.arange(first + self.rank, end, self.world_size)

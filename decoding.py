@@ -19,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from device import relative_time
+from errors import UserError
 from model import GPT, KVCache
 
 MEASURED_WEIGHTS = 2**24  # of the head, at most, with which layers are timed: more than a CPU's cache holds
@@ -96,7 +97,7 @@ def prepare(model: GPT, batch_size: int = 1, quantize: str | None = None) -> Non
     at once; the embedding stays as it was. `quantize` is None or one of QUANTIZATIONS. The model is for decoding alone
     then.
 
-    Raises ValueError for a quantization that this machine does not have.
+    Raises UserError for a quantization that this machine does not have.
     """
     head = model.head_weight.detach()
     layer = _choose_layer(head, batch_size, quantize)
@@ -119,10 +120,10 @@ def _choose_layer(head: torch.Tensor, batch_size: int, quantize: str | None) -> 
         packs = head.device.type == "cpu" and _runs(PackedLinear, head, batch_size)
         return PackedLinear if packs else PlainLinear
     if quantize == "float16" and head.device.type != "cpu":
-        raise ValueError("--quantize=float16: for CPUs; on this device use --dtype=float16")
+        raise UserError("--quantize=float16: for CPUs; on this device use --dtype=float16")
     layer = QUANTIZATIONS[quantize]
     if not _runs(layer, head, batch_size):
-        raise ValueError(
+        raise UserError(
             f"--quantize={quantize}: this torch, {torch.__version__}, has no such products for this processor; leave "
             "it out"
         )

@@ -10,6 +10,8 @@ import time
 import torch
 import torch.nn.functional as F
 
+from errors import UserError
+
 # Dense peak of the tensor cores, FLOP/s in bf16 (fp16 where bf16 is not native), from the vendor's data sheets.
 PEAK_FLOPS = {
     "H200": 989e12,
@@ -33,11 +35,11 @@ def resolve_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device={name}: not a device; use cuda, cuda:1, mps or cpu") from None
+        raise UserError(f"--device={name}: not a device; use cuda, cuda:1, mps or cpu") from None
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     missing = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
     if missing or not available.get(device.type, False):
-        raise ValueError(f"--device={name}: this machine has none that torch can use; leave it out or use cpu")
+        raise UserError(f"--device={name}: this machine has none that torch can use; leave it out or use cpu")
     return device
 
 
@@ -53,9 +55,9 @@ def resolve_dtype(
     """
     if name is not None:
         if name not in DTYPES:
-            raise ValueError(f"--dtype={name}: not one of {', '.join(DTYPES)}")
+            raise UserError(f"--dtype={name}: not one of {', '.join(DTYPES)}")
         if name == "float16" and device.type == "cpu":
-            raise ValueError("--dtype=float16: not for training on a CPU; use bfloat16 or float32")
+            raise UserError("--dtype=float16: not for training on a CPU; use bfloat16 or float32")
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16

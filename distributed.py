@@ -19,6 +19,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from errors import UserError
+
 PATIENCE = timedelta(days=1)  # the others wait while rank 0 evaluates and saves; torchrun ends them if it dies
 
 
@@ -28,12 +30,12 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """Of CUDA devices the one of this process. Raises ValueError if there are fewer than processes."""
+    """Of CUDA devices the one of this process. Raises UserError if there are fewer than processes."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if rank_and_world()[1] == 1 or device.type != "cuda":
         return device
     if device.index is not None or local_rank >= torch.cuda.device_count():
-        raise ValueError(
+        raise UserError(
             f"rank {local_rank} of this machine has no device of its own among {torch.cuda.device_count()}; "
             "leave out the number in --device, and start no more processes than devices with --nproc_per_node"
         )
@@ -84,16 +86,19 @@ def agree(flag: bool) -> bool:
     return bool(highest(int(flag)))
 
 
-def average(tensors: Iterable[torch.Tensor]) -> None:
-    """Replace each of `tensors`, of one dtype and device, by its mean over the ranks; the same, bit for bit, in all."""
+def average(tensors: Iterable[torch.Tensor], weight: torch.Tensor) -> None:
+    """Replace each of `tensors`, of one dtype and device, by its mean over the ranks, where each rank counts by its
+    `weight`, a scalar of 0 or more; the result is the same, bit for bit, in all. Weights of 0 everywhere give 0."""
     _, world_size = rank_and_world()
     if world_size == 1:
         return
     tensors = list(tensors)
-    flat = torch.cat([tensor.flatten() for tensor in tensors])  # one exchange: many small ones wait for each other
+    # One exchange: many small ones wait for each other. The last number becomes the sum of the weights.
+    flat = torch.cat([*(tensor.flatten() for tensor in tensors), tensors[0].new_ones(1)])
+    flat *= weight.to(flat)
     _reduce(flat, dist.ReduceOp.SUM)
-    flat /= world_size
-    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+    flat /= flat[-1].clamp(min=torch.finfo(flat.dtype).tiny)
+    for tensor, mean in zip(tensors, flat[:-1].split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(mean.view_as(tensor))
 
 
@@ -113,6 +118,6 @@ def _reduce(tensor: torch.Tensor, operation: dist.ReduceOp) -> None:
     except RuntimeError as error:  # as a rule the connection closed
         rank, _ = rank_and_world()
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(
+        raise UserError(
             f"rank {rank}: no exchange with the other processes ({reason}); if one has ended, what it said is why"
         ) from None

@@ -23,14 +23,17 @@ from typing import Any
 
 from atomic import write_json, write_json_lines
 from config import run_stage
+from errors import UserError
 from judging import fate, judge, read_samples, self_test
 from pass_at_k import best_of, summarize, sweep_table, table
 from problems import Problem, load_problems, read_stops
+from sampling import Sampling
 from sandbox import Limits, Sandbox
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Sampling):
+    temperature: float | str = 0.2  # several joined by commas are a sweep: the best of each k is marked
     out_dir: str | None = None  # folder of the run, or a .pt file; None takes the latest run under out/
     checkpoint: str = "last"  # last, or best: the lowest validation loss
     problems: str = "humaneval"  # humaneval, mbpp, humaneval+, mbpp+, or a file in one of their schemas
@@ -40,34 +43,31 @@ class EvalConfig:
     samples: str | None = None  # judge this file of task_id and completion, as JSON lines, instead of a model
     allow_code_execution: bool = False  # yes, run what the model wrote
     n_samples: int = 10  # completions a problem
-    temperature: float | str = 0.2  # several joined by commas are a sweep: the best of each k is marked
-    top_p: float | None = 0.95  # sample among the likeliest tokens that make up this probability
-    top_k: int | None = None  # sample among the k likeliest tokens only
-    max_new_tokens: int = 256  # tokens a completion, at most
     stop: str | None = None  # where a completion ends, a text or a JSON list; None takes the usual ones of the problems
     k: str = "1,10,100"  # the ks of pass@k
     batch_size: int = 200  # completions of a problem drawn side by side
-    seed: int = 0  # of the random draws
     timeout_s: float = 3.0  # seconds a program may run, its check included
     workers: int | None = None  # programs run at once; None is one a core, which is also the most
     device: str | None = None  # cuda, mps or cpu; None takes the best there is
     dtype: str = "float32"  # of weights and cache: float32, bfloat16, float16
 
     def __post_init__(self) -> None:
-        for name in ("n_samples", "max_new_tokens", "batch_size", "first", "workers", "top_k"):
+        for name in ("n_samples", "batch_size", "first", "workers"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name}={value}: must be at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"--top_p={self.top_p}: must be above 0 and at most 1, or None")
-        if not 0 < self.timeout_s <= 86_400 or self.seed < 0:
-            raise ValueError("--timeout_s must be above 0 and at most 86400, and --seed 0 or more")
-        self.ks(), self.temperatures(), read_stops(self.stop)
+                raise UserError(f"--{name}={value}: must be at least 1")
+        if not 0 < self.timeout_s <= 86_400:
+            raise UserError(f"--timeout_s={self.timeout_s}: must be above 0 and at most 86400")
+        self.ks()
+        self.samplings()
+        read_stops(self.stop)
 
     def ks(self) -> list[int]:
         return _numbers(self.k, int, "k", 1)
 
-    def temperatures(self) -> list[float]:
-        return _numbers(str(self.temperature), float, "temperature", 0)
+    def samplings(self) -> list[Sampling]:
+        """How tokens are drawn: of a sweep, once per temperature."""
+        temperatures = _numbers(str(self.temperature), float, "temperature", 0)
+        return [Sampling(self.max_new_tokens, t, self.top_k, self.top_p, self.seed) for t in temperatures]
 
 
 def _numbers(text: str, kind: type, key: str, least: int) -> list:
@@ -77,15 +77,15 @@ def _numbers(text: str, kind: type, key: str, least: int) -> list:
             return values
     except ValueError:
         pass
-    raise ValueError(f"--{key}={text}: wants numbers of at least {least}, joined by commas")
+    raise UserError(f"--{key}={text}: wants numbers of at least {least}, joined by commas")
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Write and judge samples, or judge those of a file; returns the summary, of a sweep the one for all."""
     every = load_problems(config.problems)
-    problems, label = choose_problems(config, every)
+    problems, label = choose_problems(every, config.problems, config.tasks, config.exclude, config.first)
     if not config.allow_code_execution:
-        raise ValueError(
+        raise UserError(
             "judging runs the code that a model wrote, in a sandbox; say --allow_code_execution=True to allow that"
         )
     samples = None if config.samples is None else read_samples(config.samples, problems, every)
@@ -97,27 +97,33 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         return _judge_model(sandbox, config, problems, label)
 
 
-def choose_problems(config: EvalConfig, every: list[Problem]) -> tuple[list[Problem], str]:
-    """The problems to solve of `every`, and what to call them: a subset says that it is one."""
-    chosen, name = every, Path(config.problems).name.partition(".")[0]
-    for flag, names in (("tasks", config.tasks), ("exclude", config.exclude)):
+def choose_problems(
+    every: list[Problem], set_name: str, tasks: str | None, exclude: str | None, first: int | None
+) -> tuple[list[Problem], str]:
+    """The problems to solve of `every` in the set: the `first` of those that `tasks` names and `exclude` does not; and
+    what to call them: a subset says that it is one."""
+    chosen, name = every, Path(set_name).name.partition(".")[0]
+    for flag, names in (("tasks", tasks), ("exclude", exclude)):
         listed = set(filter(None, names.split(","))) if names is not None else set()
         if unknown := listed - {problem.task_id for problem in every}:
-            raise ValueError(f"--{flag}={names}: {config.problems} has no {min(unknown)}, but {every[0].task_id}")
+            raise UserError(f"--{flag}={names}: {set_name} has no {min(unknown)}, but {every[0].task_id}")
         if listed:
             chosen = [problem for problem in chosen if (problem.task_id in listed) == (flag == "tasks")]
-    chosen = chosen[: config.first]
+    chosen = chosen[:first]
     if not chosen:
-        raise ValueError(f"--tasks={config.tasks} --exclude={config.exclude}: no problem is left; choose others")
+        raise UserError(f"--tasks={tasks} --exclude={exclude}: no problem is left; choose others")
     return chosen, name if len(chosen) == len(every) else f"{name} subset {len(chosen)} of {len(every)}"
 
 
 def _judge_model(sandbox: Sandbox, config: EvalConfig, problems: list[Problem], label: str) -> dict[str, Any]:
     from checkpoint import latest_run  # these need torch, which judging a file does not
     from completions import load_model, write_samples
+    from device import resolve_device
 
     out_dir = config.out_dir or latest_run()
-    model, tokenizer, known = load_model(config, out_dir)
+    device = resolve_device(config.device)
+    n_rows = min(config.n_samples, config.batch_size)
+    model, tokenizer, known = load_model(out_dir, config.checkpoint, device, config.dtype, n_rows)
     # All that the samples depend on.
     names = ("n_samples", "top_p", "top_k", "max_new_tokens", "stop", "batch_size", "seed", "dtype")
     settings = {name: getattr(config, name) for name in names}
@@ -125,12 +131,16 @@ def _judge_model(sandbox: Sandbox, config: EvalConfig, problems: list[Problem], 
     root = Path(out_dir)
     root = (root if root.is_dir() else root.parent) / "eval"
     summaries = []
-    for temperature in config.temperatures():
+    if config.stop is not None:
+        problems = [problem._replace(stops=tuple(read_stops(config.stop))) for problem in problems]
+    for sampling in config.samplings():
+        temperature = sampling.temperature
         digest = hashlib.sha256(json.dumps([settings, temperature]).encode()).hexdigest()[:8]
         folder = root / f"{label.replace(' ', '-')}-t{temperature:g}-{digest}"
         folder.mkdir(parents=True, exist_ok=True)
         t0 = time.monotonic()
-        samples = write_samples(folder / "samples.jsonl", model, tokenizer, problems, config, temperature)
+        path = folder / "samples.jsonl"
+        samples = write_samples(path, model, tokenizer, problems, sampling, config.n_samples, config.batch_size)
         writing_s = time.monotonic() - t0
         results, judging_s = judge(sandbox, problems, samples)
         write_json_lines(folder / "results.jsonl", map(fate, results))

@@ -27,7 +27,9 @@ from config import run_stage
 from data.formats import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
 from decoding import prepare
 from device import DTYPES, resolve_device
+from errors import UserError
 from sample import generate
+from sampling import Sampling
 from tokenizer import END_OF_TEXT, Special, Tokenizer
 
 
@@ -46,12 +48,12 @@ class InfillingConfig:
 
     def __post_init__(self) -> None:
         if self.files is None:
-            raise ValueError("give Python files, --files='src/**/*.py'")
+            raise UserError("give Python files, --files='src/**/*.py'")
         for name in ("n_lines", "min_chars", "max_new_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name}={getattr(self, name)}: must be at least 1")
+                raise UserError(f"--{name}={getattr(self, name)}: must be at least 1")
         if self.dtype not in DTYPES:
-            raise ValueError(f"--dtype={self.dtype}: not one of {', '.join(DTYPES)}")
+            raise UserError(f"--dtype={self.dtype}: not one of {', '.join(DTYPES)}")
 
 
 class Gap(NamedTuple):
@@ -63,7 +65,7 @@ class Gap(NamedTuple):
 
 def evaluate(config: InfillingConfig) -> dict[str, Any]:
     """Fill in the lines, print how many are right and return the figures."""
-    gaps = find_gaps(config)
+    gaps = find_gaps(config.files, config.n_lines, config.min_chars, config.seed)
     device = resolve_device(config.device)
     out_dir = config.out_dir or latest_run()
     model, tokenizer, payload = load(out_dir, device, config.checkpoint)
@@ -71,17 +73,16 @@ def evaluate(config: InfillingConfig) -> dict[str, Any]:
     prepare(model)
     room = model.config.block_size - config.max_new_tokens - 4  # the specials
     if room < 1:
-        raise ValueError(
+        raise UserError(
             f"--max_new_tokens={config.max_new_tokens}: the context has {model.config.block_size}; lower it"
         )
-    answers = []
+    answers, sampling = [], Sampling(config.max_new_tokens, temperature=0.0)
     for gap in tqdm(gaps, desc="infilling", unit="line", mininterval=1.0):
         completion = generate(
             model,
             tokenizer,
             prompt_of(gap, tokenizer, room, config.spm),
-            max_new_tokens=config.max_new_tokens,
-            temperature=0.0,
+            sampling,
             stop=("\n",),
             stop_ids=tokenizer.specials.values(),
         )[0]
@@ -99,9 +100,10 @@ def evaluate(config: InfillingConfig) -> dict[str, Any]:
     return figures
 
 
-def find_gaps(config: InfillingConfig) -> list[Gap]:
-    """Lines drawn from the code of all files: of statements, neither comments nor parts of strings."""
-    found = {path for pattern in config.files.split(";") for path in glob.glob(pattern.strip(), recursive=True)}
+def find_gaps(files: str, n_lines: int, min_chars: int, seed: int) -> list[Gap]:
+    """At most `n_lines` lines of at least `min_chars` characters, drawn from the code of all files that the patterns
+    `files` match: lines of statements, neither comments nor parts of strings."""
+    found = {path for pattern in files.split(";") for path in glob.glob(pattern.strip(), recursive=True)}
     gaps = []
     for path in sorted(map(Path, found)):
         try:
@@ -113,11 +115,11 @@ def find_gaps(config: InfillingConfig) -> list[Gap]:
         lines = text.splitlines(keepends=True)
         for place in places:
             line = lines[place].rstrip("\r\n")
-            if len(line.strip()) >= config.min_chars and not line.lstrip().startswith("#"):
+            if len(line.strip()) >= min_chars and not line.lstrip().startswith("#"):
                 gaps.append(Gap(f"{path}, line {place + 1}", lines[:place], line, lines[place + 1 :]))
     if not gaps:
-        raise ValueError(f"--files={config.files}: no lines of Python in them; give patterns such as 'src/**/*.py'")
-    chosen = random.Random(config.seed).sample(range(len(gaps)), min(config.n_lines, len(gaps)))
+        raise UserError(f"--files={files}: no lines of Python in them; give patterns such as 'src/**/*.py'")
+    chosen = random.Random(seed).sample(range(len(gaps)), min(n_lines, len(gaps)))
     return [gaps[place] for place in sorted(chosen)]
 
 

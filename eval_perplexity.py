@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from checkpoint import latest_run, load
+from checkpoint import latest_run, load, open_run
 from config import run_stage
 from data.documents import fraction, language_of
 from dataloader import Loader
 from device import autocast, resolve_device, resolve_dtype, warn_if_slow
+from errors import UserError
 from model import GPT, IGNORE
 from scoring import Scored, load_scorer, score_documents
 from shards import SPLITS, Shards, TokenStream, open_shards
@@ -47,12 +48,12 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
-            raise ValueError(f"--split={self.split}: not one of {', '.join(SPLITS)}")
+            raise UserError(f"--split={self.split}: not one of {', '.join(SPLITS)}")
         for name in ("batch_size", "max_tokens", "stride"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+                raise UserError(f"{name} is {value}; it must be at least 1")
         if self.files is not None and self.dataset is not None:
-            raise ValueError("--files and --dataset name different texts; give one of them")
+            raise UserError("--files and --dataset name different texts; give one of them")
 
 
 @torch.no_grad()
@@ -103,13 +104,11 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     stride = config.stride or min(scorer.context for scorer in scorers) // 2 or 1
     for scorer in scorers:
         if stride > scorer.context:
-            raise ValueError(f"--stride={stride}: beyond the context of {scorer.name}, {scorer.context}; lower it")
+            raise UserError(f"--stride={stride}: beyond the context of {scorer.name}, {scorer.context}; lower it")
         documents = _documents(config, out_dir)
         score_documents(scorer, documents, stride, config.batch_size)
         if not scorer.totals:
-            raise ValueError(
-                f"{config.files or 'the shards'}: no document to score; raise --max_tokens, or give others"
-            )
+            raise UserError(f"{config.files or 'the shards'}: no document to score; raise --max_tokens, or give others")
     figures: dict[str, Any] = {}
     for scorer in scorers:
         overall = Scored()
@@ -161,7 +160,7 @@ def _files(patterns: str) -> tuple[int, Iterator[tuple[str, str]]]:
     found = {path for pattern in patterns.split(";") for path in glob.glob(pattern.strip(), recursive=True)}
     paths = [path for path in sorted(map(Path, found)) if path.is_file()]
     if not paths:
-        raise ValueError(f"--files={patterns}: no such files; give patterns such as 'src/**/*.py'")
+        raise UserError(f"--files={patterns}: no such files; give patterns such as 'src/**/*.py'")
 
     def read() -> Iterator[tuple[str, str]]:
         for path in paths:
@@ -178,7 +177,7 @@ def _files(patterns: str) -> tuple[int, Iterator[tuple[str, str]]]:
 
 def _of_shards(config: EvalConfig, out_dir: str) -> tuple[int, Iterator[tuple[str, str]]]:
     """About how many bytes a split has, and language and text of each of its documents."""
-    _, tokenizer, payload = load(out_dir, torch.device("cpu"), config.checkpoint)
+    tokenizer, payload = open_run(out_dir, config.checkpoint)
     shards = open_shards(config.dataset or payload["config"]["dataset"])
     _require_tokenizer(shards, payload, out_dir)
     languages = sorted({entry.get("language") or "" for entry in shards.entries[config.split]})
@@ -199,7 +198,7 @@ def _of_shards(config: EvalConfig, out_dir: str) -> tuple[int, Iterator[tuple[st
 
 def _require_tokenizer(shards: Shards, payload: dict[str, Any], out_dir: str) -> None:
     if shards.meta["tokenizer_sha256"] != payload["tokenizer_sha256"]:
-        raise ValueError(
+        raise UserError(
             f"{shards.path}: tokenized with another tokenizer than {out_dir} was trained with; prepare the text "
             "again with the run's own, or score another --dataset"
         )

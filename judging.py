@@ -8,12 +8,13 @@ from typing import Any
 from tqdm import tqdm
 
 from data.rows import read_rows
+from errors import UserError
 from problems import Problem
 from sandbox import Result, Sandbox, interpreter_tricks
 
 
 def self_test(sandbox: Sandbox, problems: Sequence[Problem]) -> None:
-    """Raise ValueError unless each problem's own solution passes, wrong answers fail, and leaving early too."""
+    """Raise UserError unless each problem's own solution passes, wrong answers fail, and leaving early too."""
     known = [problem for problem in problems if problem.solution is not None]
     own = run_all(sandbox, [(problem, problem.solution) for problem in known], "self-test")
     failing = [(p.task_id, result) for p, result in zip(known, own, strict=True) if not result.passed]
@@ -27,30 +28,30 @@ def self_test(sandbox: Sandbox, problems: Sequence[Problem]) -> None:
     if failing:
         names = ", ".join(task_id for task_id, _ in failing[:5])
         outcome = f"{failing[0][1].outcome} {failing[0][1].detail}".strip()
-        raise ValueError(
+        raise UserError(
             f"self-test: the solutions of {len(failing)} of {len(known)} problems do not pass here ({names}; the first "
             f"{outcome}); with a larger --timeout_s they may, or leave them out with --exclude"
         )
     if passing or any(result.passed for result in left):
         names = ", ".join(problem.task_id for problem in passing[:5]) or "a program that leaves early"
-        raise ValueError(f"self-test: a wrong answer passes ({names}); leave these out with --exclude")
+        raise UserError(f"self-test: a wrong answer passes ({names}); leave these out with --exclude")
 
 
 def read_samples(name: str, problems: Iterable[Problem], every: Iterable[Problem]) -> list[dict[str, str]]:
-    """The samples of `problems` in a file in human-eval's format. Raises ValueError at the first that is none, or is of
+    """The samples of `problems` in a file in human-eval's format. Raises UserError at the first that is none, or is of
     none of `every` problem of the set."""
     wanted, known = ({problem.task_id for problem in some} for some in (problems, every))
     if not Path(name).is_file():
-        raise ValueError(f"--samples={name}: no such file; give JSON lines with task_id and completion")
+        raise UserError(f"--samples={name}: no such file; give JSON lines with task_id and completion")
     samples = read_rows(Path(name))
     for number, sample in enumerate(samples, start=1):
         if not all(isinstance(sample.get(key), str) for key in ("task_id", "completion")):
-            raise ValueError(f"{name}, row {number}: wants task_id and completion, both texts")
+            raise UserError(f"{name}, row {number}: wants task_id and completion, both texts")
         if sample["task_id"] not in known:
-            raise ValueError(f"{name}, row {number}: {sample['task_id']} is none of the problems; set --problems")
+            raise UserError(f"{name}, row {number}: {sample['task_id']} is none of the problems; set --problems")
     samples = [sample for sample in samples if sample["task_id"] in wanted]
     if not samples:
-        raise ValueError(f"{name}: no samples of these problems; give JSON lines with task_id and completion")
+        raise UserError(f"{name}: no samples of these problems; give JSON lines with task_id and completion")
     return samples
 
 

@@ -60,7 +60,8 @@ def linear_cross_entropy(
     kernels: Kernels = PLAIN,
     chunk_bytes: int | None = None,
 ) -> torch.Tensor:
-    """Mean cross-entropy in nats, an fp32 scalar, of the logits x weight^T against targets, those of IGNORE left out.
+    """Mean cross-entropy in nats, an fp32 scalar, of the logits x weight^T against targets without those of
+    IGNORE; 0 if no target is left.
 
     x is (N, C), weight (V, C), targets (N,). The products run in x's dtype, sums and softmax in fp32. The gradients of
     x and weight, weight's accumulated in fp32, can be taken once. `chunk_bytes` bounds the logits of a chunk; about
@@ -88,7 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         blocks = weight.to(x.dtype).split(columns)
         boost = FP16_SCALE if x.dtype == torch.float16 else 1.0
         counts = targets != IGNORE
-        scale = counts.float() * (boost / counts.sum())
+        scale = counts.float() * (boost / counts.sum().clamp(min=1))
         losses = torch.zeros(len(x), device=x.device)
         dx = torch.zeros_like(x, dtype=torch.float32) if wanted else None
         dweight = torch.empty_like(weight, dtype=torch.float32) if wanted else None

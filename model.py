@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from attention import causal_attention
 from device import bf16_is_native
+from errors import UserError
 from loss import IGNORE, PLAIN, linear_cross_entropy
 
 
@@ -44,20 +45,20 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "n_kv_head", "mlp_width"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+                raise UserError(f"{name} is {value}; it must be at least 1")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd is {self.n_embd}, not a multiple of n_head, {self.n_head}; change either")
+            raise UserError(f"n_embd is {self.n_embd}, not a multiple of n_head, {self.n_head}; change either")
         if self.n_head % self.kv_heads:
-            raise ValueError(
+            raise UserError(
                 f"n_kv_head is {self.n_kv_head}, which does not divide n_head, {self.n_head}; change either"
             )
         if self.rope_theta is not None and (not 1 < self.rope_theta < math.inf or self.head_width % 2):
-            raise ValueError(
+            raise UserError(
                 f"rope_theta is {self.rope_theta}, n_embd / n_head {self.head_width}; rotary positions want a base "
                 "above 1 and heads of an even width"
             )
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+            raise UserError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
 
     @property
     def head_width(self) -> int:
@@ -256,7 +257,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """tokens (B, T) ids, T <= block_size. Returns logits (B, T, V), or with targets (B, T), where IGNORE does not
-        count, the mean cross-entropy in nats, an fp32 scalar."""
+        count, the mean cross-entropy in nats, an fp32 scalar: 0 if no target counts."""
         n_most = self.config.block_size
         assert tokens.size(1) <= n_most, f"{tokens.size(1)} tokens exceed block_size {n_most}"
         if targets is None:
@@ -264,8 +265,9 @@ class GPT(nn.Module):
         x = (self.compiled_trunk or self._trunk)(self._embed(tokens, None), None, self._documents(tokens))
         if self.chunked_loss:
             return linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten(), self.kernels)
-        logits = self._head(x)
-        return F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.view(-1).long(), ignore_index=IGNORE)
+        logits = self._head(x).float().flatten(0, 1)  # (B T, V)
+        loss = F.cross_entropy(logits, targets.flatten().long(), ignore_index=IGNORE)
+        return torch.where((targets != IGNORE).any(), loss, 0.0)  # torch's mean of no target is NaN
 
     def decode(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Append tokens (B, T) to the cache; returns the logits (B, V) that follow the last of them.

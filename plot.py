@@ -23,6 +23,7 @@ import numpy as np
 
 from atomic import atomic_write
 from config import run_stage
+from errors import UserError
 
 GREY = "#808080"  # readable on white and on black, as are matplotlib's own colours for lines
 SMOOTHING = 0.05  # of the training loss: the share of a run's reports that a point is the mean of
@@ -37,7 +38,7 @@ class PlotConfig:
 
     def __post_init__(self) -> None:
         if self.output is not None and Path(self.output).suffix not in (".svg", ".png"):
-            raise ValueError(f"--output={self.output}: wants a name that ends in .svg or .png")
+            raise UserError(f"--output={self.output}: wants a name that ends in .svg or .png")
 
 
 class Curves(NamedTuple):
@@ -66,16 +67,16 @@ class Curves(NamedTuple):
 
 
 def plot(config: PlotConfig) -> dict[str, dict[str, Any]]:
-    """Draw the runs and write their table; returns the table's rows by experiment. Raises ValueError if a run has
+    """Draw the runs and write their table; returns the table's rows by experiment. Raises UserError if a run has
     nothing to show, or matplotlib is missing."""
     found = [Path(name) for pattern in config.runs.split(";") for name in sorted(glob.glob(pattern.strip()))]
     folders = list(dict.fromkeys(folder.resolve() for folder in found if folder.is_dir()))
     runs = [read_run(folder) for folder in folders]
     if not runs:
-        raise ValueError(f"--runs={config.runs}: no such folder; name runs that python train.py made")
+        raise UserError(f"--runs={config.runs}: no such folder; name runs that python train.py made")
     rows = table(runs)
     if config.baseline is not None and config.baseline not in rows:
-        raise ValueError(f"--baseline={config.baseline}: not among {', '.join(rows)}")
+        raise UserError(f"--baseline={config.baseline}: not among {', '.join(rows)}")
     text = markdown(rows, config.baseline or next(iter(rows)))
     print(text)
     if config.table is not None:
@@ -90,19 +91,19 @@ def plot(config: PlotConfig) -> dict[str, dict[str, Any]]:
 
 
 def read_run(folder: Path) -> Curves:
-    """The metrics of the run in `folder`. Raises ValueError if there are none, or no evaluation yet."""
+    """The metrics of the run in `folder`. Raises UserError if there are none, or no evaluation yet."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
-        raise ValueError(f"{path}: not found; name the folder of a run")
+        raise UserError(f"{path}: not found; name the folder of a run")
     try:
         events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError:
-        raise ValueError(f"{path}: a line is not JSON; go on with the run, which mends it") from None
+        raise UserError(f"{path}: a line is not JSON; go on with the run, which mends it") from None
     events = [event for event in events if isinstance(event, dict)]
     train = [event for event in events if None not in map(event.get, ("tokens", "loss", "lr", "tokens_per_s"))]
     val = [event for event in events if None not in map(event.get, ("tokens", "val_loss", "perplexity", "val_bpb"))]
     if not train or not val:
-        raise ValueError(f"{path}: no evaluation yet; wait, or set a smaller --eval_interval")
+        raise UserError(f"{path}: no evaluation yet; wait, or set a smaller --eval_interval")
     if re.fullmatch(r"seed\d+", folder.name):
         return Curves(folder.parent, folder.name, train, val)
     return Curves(folder, "", train, val)
@@ -114,7 +115,7 @@ def table(runs: list[Curves]) -> dict[str, dict[str, Any]]:
     for name in dict.fromkeys(run.name for run in runs):
         places = sorted({str(run.experiment) for run in runs if run.name == name})
         if len(places) > 1:
-            raise ValueError(f"--runs: {places[0]} and {places[1]} are both called {name}; rename one")
+            raise UserError(f"--runs: {places[0]} and {places[1]} are both called {name}; rename one")
         ends = {run.seed: run.end() for run in runs if run.name == name}
         figures = {key: [end[key] for end in ends.values()] for key in next(iter(ends.values()))}
         means = {key: None if None in values else statistics.mean(values) for key, values in figures.items()}
@@ -155,7 +156,7 @@ def draw(runs: list[Curves], output: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("pictures need matplotlib: pip install matplotlib") from None
+        raise UserError("pictures need matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.rows import read_rows
+from errors import UserError
 
 HUB = {  # name: dataset, configuration, split
     "humaneval": ("openai/openai_humaneval", None, "test"),
@@ -36,19 +37,19 @@ class Problem(NamedTuple):
 
 def load_problems(name: str) -> list[Problem]:
     """The problems of a set of HUB, downloaded through `datasets`, or of a file of JSON lines (.jsonl, .jsonl.gz) or
-    Parquet. Raises ValueError if there are none, naming the row at fault."""
+    Parquet. Raises UserError if there are none, naming the row at fault."""
     if name in HUB:
         rows, where = _from_hub(name), name
     else:
         path = Path(name)
         if not path.is_file():
-            raise ValueError(f"--problems={name}: no such file; give one, or a set: {', '.join(HUB)}")
+            raise UserError(f"--problems={name}: no such file; give one, or a set: {', '.join(HUB)}")
         rows, where = read_rows(path), name
     problems = [_problem(row, f"{where}, row {number}") for number, row in enumerate(rows, start=1)]
     if not problems:
-        raise ValueError(f"--problems={name}: no problems in it; give a file of JSON lines")
+        raise UserError(f"--problems={name}: no problems in it; give a file of JSON lines")
     if len({problem.task_id for problem in problems}) < len(problems):
-        raise ValueError(f"--problems={name}: a task_id occurs twice; each problem needs its own")
+        raise UserError(f"--problems={name}: a task_id occurs twice; each problem needs its own")
     return problems
 
 
@@ -63,7 +64,7 @@ def read_stops(text: str | None) -> list[str]:
     if not isinstance(stops, list):
         stops = [text.replace("\\n", "\n").replace("\\t", "\t")]
     if not stops or not all(isinstance(stop, str) and stop for stop in stops):
-        raise ValueError(f"--stop={text}: wants a text, or a JSON list of texts, none of them empty")
+        raise UserError(f"--stop={text}: wants a text, or a JSON list of texts, none of them empty")
     return stops
 
 
@@ -73,11 +74,11 @@ def _from_hub(name: str) -> list[dict[str, Any]]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise ValueError(f"--problems={name}: needs datasets; pip install datasets, or give a file") from None
+        raise UserError(f"--problems={name}: needs datasets; pip install datasets, or give a file") from None
     try:
         return list(load_dataset(dataset, configuration, split=split))
     except Exception as error:  # whatever its HTTP client and its cache raise
-        raise ValueError(f"--problems={name}: not to be had ({type(error).__name__}); {remedy}") from None
+        raise UserError(f"--problems={name}: not to be had ({type(error).__name__}); {remedy}") from None
 
 
 def _problem(row: dict[str, Any], where: str) -> Problem:
@@ -89,7 +90,7 @@ def _problem(row: dict[str, Any], where: str) -> Problem:
     text = _text(row, "text" if "text" in row else "prompt", where)
     code, tests = _text(row, "code", where), row.get("test_list")
     if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
-        raise ValueError(f"{where}: no entry_point and no list test_list; give HumanEval's schema or MBPP's")
+        raise UserError(f"{where}: no entry_point and no list test_list; give HumanEval's schema or MBPP's")
     setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
     prompt = '"""\n' + "\n".join([text.strip(), *tests]) + '\n"""\n'
     check = "\n".join([setup, row.get("test") or "\n".join(tests)])
@@ -100,7 +101,7 @@ def _problem(row: dict[str, Any], where: str) -> Problem:
 def _text(row: dict[str, Any], key: str, where: str) -> str:
     if not isinstance(row.get(key), str) or "task_id" not in row:
         missing = "task_id" if "task_id" not in row else key
-        raise ValueError(f"{where}: no text {missing!r}; give HumanEval's schema or MBPP's")
+        raise UserError(f"{where}: no text {missing!r}; give HumanEval's schema or MBPP's")
     return row[key]
 
 

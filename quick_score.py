@@ -5,11 +5,11 @@ import time
 from collections.abc import Sequence
 
 from completions import complete
-from eval_humaneval import EvalConfig
 from judging import run_all, self_test
 from model import GPT
 from pass_at_k import SYNTAX_ERRORS
 from problems import Problem, load_problems
+from sampling import Sampling
 from sandbox import Result, Sandbox
 from tokenizer import Tokenizer
 
@@ -25,7 +25,7 @@ class QuickScore:
 
     def __init__(self, name: str, n_problems: int, max_new_tokens: int = 96):
         self.problems = load_problems(name)[:n_problems]
-        self.config = EvalConfig(n_samples=1, max_new_tokens=max_new_tokens)
+        self.sampling = Sampling(max_new_tokens, temperature=0.0)
         self.sandbox = Sandbox(1)
         self_test(self.sandbox, self.problems)
         self.began, self.spent_s = time.monotonic(), 0.0
@@ -54,7 +54,7 @@ class QuickScore:
     def _run(self, model: GPT, tokenizer: Tokenizer, problems: Sequence[Problem]) -> tuple[list[Result], float]:
         """What became of the completions, and the seconds it took."""
         t0 = time.monotonic()
-        jobs = [(problem, complete(model, tokenizer, problem, self.config, 0.0)[0].text) for problem in problems]
+        jobs = [(problem, complete(model, tokenizer, problem, self.sampling)[0].text) for problem in problems]
         results = run_all(self.sandbox, jobs)
         took_s = time.monotonic() - t0
         self.spent_s += took_s

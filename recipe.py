@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from errors import UserError
 from model import GPT, GPTConfig
 from muon import Muon
 
@@ -38,32 +39,32 @@ class Recipe(GPTConfig):
         super().__post_init__()
         for name in ("tokens_per_step", "max_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("warmup_steps", "weight_decay", "min_lr", "embedding_rate", "ramp_doublings", "ramp_steps"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if self.min_lr > self.learning_rate:
-            raise ValueError(f"min_lr is {self.min_lr}, above learning_rate, {self.learning_rate}; lower it")
+            raise UserError(f"min_lr is {self.min_lr}, above learning_rate, {self.learning_rate}; lower it")
         if self.learning_rate <= 0 or (self.grad_clip is not None and self.grad_clip <= 0):
-            raise ValueError("learning_rate and grad_clip must be above 0, or grad_clip None")
+            raise UserError("learning_rate and grad_clip must be above 0, or grad_clip None")
         if not all(0 <= getattr(self, name) < 1 for name in ("beta1", "beta2", "momentum")):
-            raise ValueError(
+            raise UserError(
                 f"beta1 is {self.beta1}, beta2 {self.beta2}, momentum {self.momentum}; each must be at least 0 and "
                 "below 1"
             )
         for name, known in (("optimizer", OPTIMIZERS), ("decay", DECAYS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"--{name}={getattr(self, name)}: not one of {', '.join(known)}")
+                raise UserError(f"--{name}={getattr(self, name)}: not one of {', '.join(known)}")
         if not 0 < self.decay_share <= 1:
-            raise ValueError(f"decay_share is {self.decay_share}; it must be above 0, and 1 at most")
+            raise UserError(f"decay_share is {self.decay_share}; it must be above 0, and 1 at most")
         smallest = self.block_size << min(self.ramp_doublings, 64)
         if self.tokens_per_step % smallest:
-            raise ValueError(
+            raise UserError(
                 f"tokens_per_step is {self.tokens_per_step}, not a multiple of {smallest}, block_size doubled "
                 f"ramp_doublings times; set --tokens_per_step={-(-self.tokens_per_step // smallest) * smallest}"
             )
         if bool(self.ramp_doublings) != bool(self.ramp_steps) or self.ramp_steps % max(1, self.ramp_doublings):
-            raise ValueError(
+            raise UserError(
                 f"ramp_steps is {self.ramp_steps}, ramp_doublings {self.ramp_doublings}; give both or neither, and "
                 "ramp_steps as a multiple of the other"
             )

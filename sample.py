@@ -23,8 +23,10 @@ from checkpoint import latest_run, load
 from config import run_stage
 from decoding import QUANTIZATIONS, prepare
 from device import DTYPES, resolve_device
+from errors import UserError
 from model import GPT, KVCache
 from problems import FUNCTION_STOPS, read_stops
+from sampling import Sampling, choose_token
 from sandbox import Sandbox
 from tokenizer import StreamDecoder, Tokenizer
 
@@ -35,45 +37,32 @@ done = doctest.testmod(sys.modules["program"])
 assert done.attempted >= {}, f"only {{done.attempted}} doctests are left"
 assert not done.failed, f"{{done.failed}} of {{done.attempted}} doctests fail"
 """
-NUCLEUS = 1024  # tokens sorted for top-p before all of them are
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Sampling):
     out_dir: str | None = None  # folder of the run, or a .pt file; None takes the latest run under out/
     checkpoint: str = "last"  # last, or best: the lowest validation loss
     prompt: str | None = None  # text to go on from
     prompt_file: str | None = None  # a file to read it from instead; - is standard input
     n_samples: int = 1  # completions, drawn side by side
-    max_new_tokens: int = 256  # tokens a completion, at most; end-of-text ends one sooner
-    temperature: float = 0.8  # below 1 likelier, above 1 more varied; 0 takes the likeliest token each time
-    top_k: int | None = None  # sample among the k likeliest tokens only
-    top_p: float | None = 0.95  # sample among the likeliest tokens that make up this probability
     stop: str | None = None  # text to stop before, \n for a newline; several as a JSON list: '["\ndef", "\nclass"]'
     verify: str | None = None  # doctest: run the prompt's doctests on each completion, and print the first that passes
     tests: str | None = None  # a file of assertions to run on each completion, instead of doctests
-    seed: int = 0  # of the random draws
     device: str | None = None  # cuda, mps or cpu; None takes the best there is
     dtype: str = "float32"  # of weights: float32, bfloat16, float16
     quantize: str | None = None  # weights in fewer bytes, for one to four samples on a CPU: float16, or int8
 
     def __post_init__(self) -> None:
-        if self.n_samples < 1 or self.max_new_tokens < 1:
-            raise ValueError("--n_samples and --max_new_tokens must be at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"--temperature={self.temperature}: must be 0 or more")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed={self.seed}: must be 0 or more, and below 2**63")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"--top_k={self.top_k}: must be at least 1, or None")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"--top_p={self.top_p}: must be above 0 and at most 1, or None")
+        super().__post_init__()
+        if self.n_samples < 1:
+            raise UserError(f"--n_samples={self.n_samples}: must be at least 1")
         if self.dtype not in DTYPES:
-            raise ValueError(f"--dtype={self.dtype}: not one of {', '.join(DTYPES)}")
+            raise UserError(f"--dtype={self.dtype}: not one of {', '.join(DTYPES)}")
         if self.quantize not in (None, *QUANTIZATIONS):
-            raise ValueError(f"--quantize={self.quantize}: not one of {', '.join(QUANTIZATIONS)}")
+            raise UserError(f"--quantize={self.quantize}: not one of {', '.join(QUANTIZATIONS)}")
         if self.verify not in (None, "doctest"):
-            raise ValueError(f"--verify={self.verify}: wants doctest; assertions are given with --tests=FILE")
+            raise UserError(f"--verify={self.verify}: wants doctest; assertions are given with --tests=FILE")
 
 
 class Completion(NamedTuple):
@@ -88,45 +77,41 @@ def generate(
     model: GPT,
     tokenizer: Tokenizer,
     prompt: str | Sequence[str],
+    sampling: Sampling,
     *,
     n_samples: int = 1,
-    max_new_tokens: int = 256,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
     stop: Sequence[str] = (),
     stop_ids: Collection[int] = (),
-    seed: int = 0,
     on_text: Callable[[int, str], None] = lambda row, text: None,
 ) -> list[Completion]:
-    """Completions of `prompt`, a text or pieces of which some are Specials, without it: each ends at end-of-text or
-    another of `stop_ids`, before the first stop string, or at `max_new_tokens`. The prompt is read once, and every
-    completion drawn independently from its first token on. `on_text(row, text)` is called with each piece as soon as it
-    is certain.
+    """`n_samples` completions of `prompt`, which is a text or a list of texts and Specials; the completions do not
+    repeat it. Each ends at end-of-text or another of `stop_ids`, before the first string of `stop`, or after
+    `max_new_tokens`. The prompt is read once, and every completion drawn independently from its first token on.
+    `on_text(row, text)` is called with each piece as soon as it is certain.
 
-    A prompt longer than the context loses its beginning. Raises ValueError for one of no tokens.
+    A prompt longer than the context loses its beginning. Raises UserError for one of no tokens.
     """
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_pieces(prompt)
     if not ids:
-        raise ValueError("the prompt has no tokens; give at least one character, a newline will do")
+        raise UserError("the prompt has no tokens; give at least one character, a newline will do")
     context = model.config.block_size
     device = model.wte.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(sampling.seed)
     beyond = range(tokenizer.vocab_size, model.config.vocab_size)
     banned = torch.tensor([*tokenizer.undefined_ids(), *beyond], dtype=torch.int64, device=device)
     tokens = torch.tensor([ids[-context:]], device=device)  # (1, T)
     rows = [_Row(tokenizer, stop, {tokenizer.end_of_text, *stop_ids}) for _ in range(n_samples)]
 
     def choose(logits: torch.Tensor) -> torch.Tensor:
-        return choose_token(logits.index_fill(-1, banned, -torch.inf), temperature, top_k, top_p, generator)
+        return choose_token(logits.index_fill(-1, banned, -torch.inf), sampling, generator)
 
     training = model.training
     model.eval()
     steps = generate_tokens(model, tokens, choose, n_samples)
     going, chosen = list(range(n_samples)), next(steps)  # the rows still decoded, and their next tokens
-    for n in range(1, max_new_tokens + 1):
+    for n in range(1, sampling.max_new_tokens + 1):
         for index, token in zip(going, chosen.tolist(), strict=True):
-            if text := rows[index].push(token, last=n == max_new_tokens):
+            if text := rows[index].push(token, last=n == sampling.max_new_tokens):
                 on_text(index, text)
         left = [place for place, index in enumerate(going) if not rows[index].done]
         if not left:
@@ -181,43 +166,6 @@ def window_start(n_tokens: int, block_size: int) -> int:
     return -(-max(0, n_tokens - block_size) // stride) * stride
 
 
-def choose_token(
-    logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
-) -> torch.Tensor:
-    """A token for each row of logits (B, V): the likeliest at temperature 0, else drawn after top-k, then top-p."""
-    if temperature < 1e-6:  # smaller ones overflow
-        return logits.argmax(-1)
-    ids = None
-    if top_k is not None and top_k < logits.size(-1):
-        logits, ids = logits.topk(top_k)  # ordered, the likeliest first
-    probabilities = (logits.float() / temperature).softmax(-1)
-    if top_p is not None:
-        if ids is None:
-            probabilities, ids = _likeliest(probabilities, top_p)
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before > top_p, 0.0)  # those before it are enough; the first stays
-    chosen = draw(probabilities, generator)
-    return chosen if ids is None else ids.gather(-1, chosen[:, None])[:, 0]
-
-
-def draw(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A place for each row of probabilities (B, K), which need not add up to one: where a uniform number falls in their
-    running sum. torch.multinomial draws a number for each of the K instead."""
-    dtype = torch.float32 if probabilities.device.type == "mps" else torch.float64  # MPS has no other
-    sums = probabilities.to(dtype).cumsum(-1)
-    uniform = torch.rand(len(sums), 1, dtype=dtype, device=sums.device, generator=generator)
-    return torch.searchsorted(sums, uniform * sums[:, -1:], right=True).clamp_(max=sums.size(-1) - 1)[:, 0]
-
-
-def _likeliest(probabilities: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """At least the likeliest tokens that make up `top_p` of probabilities (B, V), ordered: theirs, and their ids.
-    Few do as a rule; a row that needs more has all of them sorted."""
-    likeliest, ids = probabilities.topk(min(NUCLEUS, probabilities.size(-1)))
-    if bool((likeliest.sum(-1) < top_p).any()):
-        likeliest, ids = probabilities.sort(descending=True)
-    return likeliest, ids
-
-
 class _Row:
     """The text of one completion as its tokens arrive, cut at the first stop string."""
 
@@ -250,8 +198,8 @@ class _Row:
 
 def sample(config: SampleConfig) -> list[Completion]:
     """Load the run, print `n_samples` completions of the prompt, one alone as it is written, and return them."""
-    prompt, stop = _read_prompt(config), read_stops(config.stop)
-    check = _read_check(config, prompt)
+    prompt, stop = _read_prompt(config.prompt, config.prompt_file), read_stops(config.stop)
+    check = _read_check(prompt, config.verify, config.tests)
     if check is not None and config.stop is None:
         stop = list(FUNCTION_STOPS)
     device = resolve_device(config.device)
@@ -270,13 +218,9 @@ def sample(config: SampleConfig) -> list[Completion]:
         model,
         tokenizer,
         prompt,
+        config,
         n_samples=config.n_samples,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
         stop=stop,
-        seed=config.seed,
         on_text=lambda row, text: print(text, end="", flush=True) if streaming else None,
     )
     if streaming:
@@ -302,30 +246,30 @@ def _print_verified(prompt: str, completions: Sequence[Completion], check: str) 
     print(prompt + completions[right[0]].text)
 
 
-def _read_check(config: SampleConfig, prompt: str) -> str | None:
-    """The code that judges a completion, if it is to be judged."""
-    if config.tests is not None:
-        return Path(config.tests).read_text(encoding="utf-8")
-    if config.verify is None:
+def _read_check(prompt: str, verify: str | None, tests: str | None) -> str | None:
+    """The code that judges a completion, if it is to be judged: the file `tests`, or the prompt's doctests."""
+    if tests is not None:
+        return Path(tests).read_text(encoding="utf-8")
+    if verify is None:
         return None
     n_examples = len(doctest.DocTestParser().get_examples(prompt))
     if not n_examples:
-        raise ValueError("--verify=doctest: the prompt has no doctests, >>> lines; add some, or give --tests=FILE")
+        raise UserError("--verify=doctest: the prompt has no doctests, >>> lines; add some, or give --tests=FILE")
     return DOCTESTS.format(n_examples)
 
 
-def _read_prompt(config: SampleConfig) -> str:
-    if (config.prompt is None) == (config.prompt_file is None):
-        raise ValueError("give a prompt, either --prompt=TEXT or --prompt_file=PATH (- for standard input)")
-    if config.prompt is not None:
-        return config.prompt
-    if config.prompt_file == "-" and sys.stdin is None:
-        raise ValueError("--prompt_file=-: standard input is closed; give --prompt=TEXT")
+def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
+    if (prompt is None) == (prompt_file is None):
+        raise UserError("give a prompt, either --prompt=TEXT or --prompt_file=PATH (- for standard input)")
+    if prompt is not None:
+        return prompt
+    if prompt_file == "-" and sys.stdin is None:
+        raise UserError("--prompt_file=-: standard input is closed; give --prompt=TEXT")
     try:
-        data = sys.stdin.buffer.read() if config.prompt_file == "-" else Path(config.prompt_file).read_bytes()
+        data = sys.stdin.buffer.read() if prompt_file == "-" else Path(prompt_file).read_bytes()
         return data.decode("utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"--prompt_file={config.prompt_file}: not UTF-8 text; convert it first") from None
+        raise UserError(f"--prompt_file={prompt_file}: not UTF-8 text; convert it first") from None
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from checkpoint import load
 from device import autocast
+from errors import UserError
 from model import IGNORE
 
 
@@ -84,16 +85,16 @@ def _load_hugging_face(name: str, device: torch.device, dtype: torch.dtype) -> S
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
-        raise ValueError(f"{name}: a Hugging Face model needs transformers: pip install transformers") from None
+        raise UserError(f"{name}: a Hugging Face model needs transformers: pip install transformers") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(name, local_files_only=True).to(device).eval()
     except Exception as error:  # whatever a folder that lacks something leads its readers to
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{name}: not a model that transformers can load ({reason}); give its folder") from None
+        raise UserError(f"{name}: not a model that transformers can load ({reason}); give its folder") from None
     start = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
     if start is None:
-        raise ValueError(f"{name}: its tokenizer has no token to begin a document with; give another model")
+        raise UserError(f"{name}: its tokenizer has no token to begin a document with; give another model")
     context = next(
         (v for k in ("n_positions", "max_position_embeddings") if (v := getattr(model.config, k, None))), 2048
     )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from atomic import atomic_write
+from errors import UserError
 
 SPLITS = ("train", "val")
 
@@ -48,27 +49,27 @@ class Shards:
             self.vocab_size: int = self.meta["vocab_size"]
             self.entries: dict[str, list] = {split: self.meta["splits"][split]["shards"] for split in SPLITS}
         except FileNotFoundError:
-            raise ValueError(
+            raise UserError(
                 f"{path}/meta.json: not found; prepare the data with python -m data.prepare configs/data/NAME.py, "
                 "or name another folder under data/shards with --dataset"
             ) from None
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}/meta.json: damaged; delete {path} and prepare the data again") from None
+            raise UserError(f"{path}/meta.json: damaged; delete {path} and prepare the data again") from None
 
     def tokenizer_json(self) -> str:
-        """The text of the tokenizer's file. Raises ValueError unless its sha256 is the one recorded."""
+        """The text of the tokenizer's file. Raises UserError unless its sha256 is the one recorded."""
         path = self.path / "tokenizer.json"
         if not path.is_file() or _sha256(path) != self.meta["tokenizer_sha256"]:
-            raise ValueError(f"{path}: missing, or not the tokenizer of these shards; prepare the data again")
+            raise UserError(f"{path}: missing, or not the tokenizer of these shards; prepare the data again")
         return path.read_text(encoding="utf-8")
 
     def split(self, name: str, language: str | None = None) -> "TokenStream":
         """The tokens of a split or, of validation, those of one language alone (training mixes them). Raises
-        ValueError if there are none of it."""
+        UserError if there are none of it."""
         entries = [e for e in self.entries[name] if language in (None, e.get("language"))]
         if language is not None and not entries:
             known = sorted({e["language"] for e in self.entries[name] if "language" in e})
-            raise ValueError(f"{self.path}: no {name} shards of {language!r}; there are {', '.join(known) or 'none'}")
+            raise UserError(f"{self.path}: no {name} shards of {language!r}; there are {', '.join(known) or 'none'}")
         n_bytes = sum(entry.get("bytes", 0) for entry in entries)
         return TokenStream([self._open(entry) for entry in entries], self.vocab_size, self.path / name, n_bytes)
 
@@ -80,9 +81,9 @@ class Shards:
                 raise ValueError
             return shard
         except FileNotFoundError:
-            raise ValueError(f"{path}: missing; prepare the data again") from None
+            raise UserError(f"{path}: missing; prepare the data again") from None
         except (ValueError, OSError, EOFError):
-            raise ValueError(f"{path}: damaged, not {entry['tokens']} tokens; prepare the data again") from None
+            raise UserError(f"{path}: damaged, not {entry['tokens']} tokens; prepare the data again") from None
 
     def fingerprint(self) -> str:
         """sha256 of the tokenizer and every shard, as recorded: equal only for equal data."""
@@ -90,12 +91,12 @@ class Shards:
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def verify(self) -> None:
-        """Read every byte and raise ValueError at the first file that is not what was written."""
+        """Read every byte and raise UserError at the first file that is not what was written."""
         self.tokenizer_json()
         for entry in (entry for split in SPLITS for entry in self.entries[split]):
             self._open(entry)
             if _sha256(self.path / entry["file"]) != entry["sha256"]:
-                raise ValueError(f"{self.path / entry['file']}: sha256 differs from meta.json; prepare the data again")
+                raise UserError(f"{self.path / entry['file']}: sha256 differs from meta.json; prepare the data again")
 
 
 def shards_path(dataset: str) -> Path:
@@ -104,7 +105,7 @@ def shards_path(dataset: str) -> Path:
 
 
 def open_shards(dataset: str) -> Shards:
-    """The shards of `dataset`. Raises ValueError if they are not there or damaged."""
+    """The shards of `dataset`. Raises UserError if they are not there or damaged."""
     return Shards(shards_path(dataset))
 
 
@@ -125,14 +126,14 @@ class TokenStream:
         return self.n_bytes / max(1, len(self))
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """`count` tokens from place `start`, int64, across shard borders. Raises ValueError on an impossible id."""
+        """`count` tokens from place `start`, int64, across shard borders. Raises UserError on an impossible id."""
         tokens = np.empty(count, dtype=np.int64)
         self._fill(tokens, start, int(np.searchsorted(self.ends, start, side="right")))
         self._check(tokens)
         return tokens
 
     def read_rows(self, starts: np.ndarray, rows: np.ndarray) -> None:
-        """Fill `rows`, int32 (B, T), with the T tokens from each of the places `starts` (B,). Raises ValueError on an
+        """Fill `rows`, int32 (B, T), with the T tokens from each of the places `starts` (B,). Raises UserError on an
         impossible id, looked for in all rows at once: 0.03 ms, against 1.4 ms row by row (512 x 1,024 tokens)."""
         shards = np.searchsorted(self.ends, starts, side="right")
         for row, start, shard in zip(rows, starts.tolist(), shards.tolist(), strict=True):
@@ -150,7 +151,7 @@ class TokenStream:
 
     def _check(self, tokens: np.ndarray) -> None:
         if tokens.size and (highest := int(tokens.max())) >= self.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: holds id {highest}, the vocabulary ends at {self.vocab_size - 1}; "
                 "find the damaged shard with --verify and prepare the data again"
             )

@@ -23,19 +23,19 @@ from device import autocast, peak_flops, peak_memory_bytes, resolve_device, reso
 from eval_perplexity import evaluate_loss
 from model import GPT
 from recipe import learning_rate
-from sample import choose_token, generate_tokens
+from sample import generate_tokens
+from sampling import Sampling, choose_token
 from shards import write_shard
 from tokenizer import END_OF_TEXT, Tokenizer
 from train import TrainConfig, compile_model, open_dataset, start_run, train_step
 
 
 class Decoding(NamedTuple):
-    """What all systems decode alike."""
+    """What all systems decode alike, `sampling.max_new_tokens` aside."""
 
     prompt: int  # tokens read first
     dtype: torch.dtype  # of the matrix products
-    temperature: float = 0.8
-    top_k: int = 200
+    sampling: Sampling = Sampling(top_k=200, top_p=None)
     quantize: str | None = None  # ours alone: float16 or int8
 
     @property
@@ -228,7 +228,9 @@ class NanoGPT(System):
 
         def work() -> None:
             with torch.no_grad(), autocast(self.device, decoding.dtype):
-                self.plain.generate(tokens, n_tokens, temperature=decoding.temperature, top_k=decoding.top_k)
+                self.plain.generate(
+                    tokens, n_tokens, temperature=decoding.sampling.temperature, top_k=decoding.sampling.top_k
+                )
 
         return seconds(self.device, work)
 
@@ -259,7 +261,7 @@ class HuggingFace(System):
 
     def decode(self, batch: int, n_tokens: int) -> float:
         tokens, decoding = self.prompts(batch), self.decoding
-        draw = {"do_sample": True, "temperature": decoding.temperature, "top_k": decoding.top_k}
+        draw = {"do_sample": True, "temperature": decoding.sampling.temperature, "top_k": decoding.sampling.top_k}
         mask = torch.ones_like(tokens)
 
         def work() -> None:
@@ -277,7 +279,7 @@ def decode(model: GPT, tokens: torch.Tensor, n_samples: int, n_tokens: int, deco
     generator = torch.Generator(tokens.device).manual_seed(0)
 
     def choose(logits: torch.Tensor) -> torch.Tensor:
-        return choose_token(logits, decoding.temperature, decoding.top_k, None, generator)
+        return choose_token(logits, decoding.sampling, generator)
 
     steps = generate_tokens(model, tokens, choose, n_samples)
     for _ in range(n_tokens):

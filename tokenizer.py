@@ -20,6 +20,7 @@ import numpy as np
 import tiktoken
 
 from atomic import atomic_write
+from errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 NAMED = ("cl100k_base", "gpt2")
@@ -46,10 +47,10 @@ class Tokenizer:
         return self.encoding.encode_ordinary(text)
 
     def encode_pieces(self, pieces: Iterable[str]) -> list[int]:
-        """The ids of Specials and texts, one after the other. Raises ValueError on a special that it does not have."""
+        """The ids of Specials and texts, one after the other. Raises UserError on a special that it does not have."""
         missing = [piece for piece in pieces if isinstance(piece, Special) and piece not in self.specials]
         if missing:
-            raise ValueError(f"tokenizer {self.name}: has no {missing[0]}; use a model trained with --fim_rate")
+            raise UserError(f"tokenizer {self.name}: has no {missing[0]}; use a model trained with --fim_rate")
         return [int(token) for piece in pieces for token in self._encode_piece(piece)]
 
     def with_specials(self, names: Iterable[str]) -> "Tokenizer":
@@ -112,7 +113,7 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "Tokenizer":
-        """The tokenizer whose file holds `text`. Raises ValueError, naming `where`, if it is not one."""
+        """The tokenizer whose file holds `text`. Raises UserError, naming `where`, if it is not one."""
         try:
             data = json.loads(text)
             ranks = {token.encode("latin-1"): rank for rank, token in enumerate(data["tokens"])}
@@ -120,7 +121,7 @@ class Tokenizer:
                 raise KeyError
             return cls(data["name"], data["pattern"], ranks, data["specials"])
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{where}: not a tokenizer file; make one with data.prepare --tokenizer=train:N") from None
+            raise UserError(f"{where}: not a tokenizer file; make one with data.prepare --tokenizer=train:N") from None
 
     def save(self, path: Path) -> None:
         """Write the tokenizer's file, whole or not at all."""
@@ -144,16 +145,16 @@ class StreamDecoder:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called `name`: one of NAMED, or the path of a tokenizer file. Raises ValueError."""
+    """The tokenizer called `name`: one of NAMED, or the path of a tokenizer file. Raises UserError."""
     if name not in NAMED:
         path = Path(name)
         if not path.is_file():
-            raise ValueError(f"tokenizer {name}: no such file; use a tokenizer.json or one of {', '.join(NAMED)}")
+            raise UserError(f"tokenizer {name}: no such file; use a tokenizer.json or one of {', '.join(NAMED)}")
         return Tokenizer.from_json(path.read_bytes().decode("utf-8", "replace"), name)
     try:
         encoding = tiktoken.get_encoding(name)
     except Exception as error:  # tiktoken lets through whatever its HTTP client raises
-        raise ValueError(
+        raise UserError(
             f"tokenizer {name}: could not be downloaded ({type(error).__name__}); connect once, or copy tiktoken's "
             "cache here and set TIKTOKEN_CACHE_DIR to it, or train your own with --tokenizer=train:4096"
         ) from None
@@ -168,7 +169,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     import rustbpe  # only training needs it
 
     if not 257 <= vocab_size <= 2**20:
-        raise ValueError(f"a tokenizer of {vocab_size} ids: it takes 256 bytes and end-of-text, 257, to 2**20")
+        raise UserError(f"a tokenizer of {vocab_size} ids: it takes 256 bytes and end-of-text, 257, to 2**20")
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(iter(texts), vocab_size - 1)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}

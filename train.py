@@ -24,7 +24,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from checkpoint import Run, keep_best, load, read_newest, require_same, restore_run, rng_state, save_run, set_rng_state
+from checkpoint import (
+    Run,
+    build_model,
+    keep_best,
+    open_run,
+    read_newest,
+    require_continuation,
+    require_same,
+    restore_run,
+    rng_state,
+    save_run,
+    set_rng_state,
+)
 from config import format_config, run_stage
 from dataloader import Loader, Prefetcher
 from device import (
@@ -37,13 +49,15 @@ from device import (
     warn_if_slow,
 )
 from distributed import agree, average, highest, own_device, rank_0_first, rank_and_world, seed_rank, started
+from errors import UserError
 from eval_perplexity import evaluate_loss
 from interruption import Interruption
 from metrics import MetricsLog, Throughput, start_wandb
-from model import GPT
+from model import GPT, IGNORE
 from quick_score import QuickScore
 from recipe import Recipe, learning_rate, make_optimizers
 from sample import generate
+from sampling import Sampling
 from shards import Shards, TokenStream, open_shards
 from tokenizer import Tokenizer
 
@@ -78,15 +92,15 @@ class TrainConfig(Recipe):
         counts = ("batch_size", "eval_interval", "eval_tokens", "log_interval")
         for name in (*counts, "checkpoint_interval", "sample_interval", "humaneval_interval", "humaneval_first"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+                raise UserError(f"{name} is {value}; it must be at least 1")
         if self.checkpoint_minutes < 0 or not 0 <= self.seed < 2**63:
-            raise ValueError("checkpoint_minutes and seed must be 0 or more, and seed below 2**63")
+            raise UserError("checkpoint_minutes and seed must be 0 or more, and seed below 2**63")
         if self.sample_interval is not None and not self.sample_prompt:
-            raise ValueError("sample_prompt is empty; give it a character, or set --sample_interval=None")
+            raise UserError("sample_prompt is empty; give it a character, or set --sample_interval=None")
         micro_tokens = (self.batch_size or 1) * self.block_size
         if self.tokens_per_step % micro_tokens:
             nearest = max(1, round(self.tokens_per_step / micro_tokens)) * micro_tokens
-            raise ValueError(
+            raise UserError(
                 f"tokens_per_step is {self.tokens_per_step}, not a multiple of batch_size x block_size, "
                 f"{micro_tokens}; set --tokens_per_step={nearest}, or another --batch_size"
             )
@@ -96,7 +110,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """Train until `max_steps`, from the run in `out_dir` if there is one. Returns the last evaluation's figures, which
     under torchrun rank 0 alone has.
 
-    Raises ValueError for settings that do not fit the data or the run found, SystemExit after saving on a signal.
+    Raises UserError for settings that do not fit the data or the run found, SystemExit after saving on a signal.
     """
     with started(own_device(resolve_device(config.device))):
         return train_rank(config)
@@ -121,7 +135,7 @@ def train_rank(config: TrainConfig) -> dict[str, Any]:
             )
             print(f"batch_size: {config.batch_size}")
     if run.step != highest(run.step):
-        raise ValueError(f"{config.out_dir}: not the same in every process; name a folder that all machines share")
+        raise UserError(f"{config.out_dir}: not the same in every process; name a folder that all machines share")
     if agree(run.dtype == torch.float32):  # on a CPU each process has measured for itself
         run.dtype = torch.float32
     metrics = start_metrics(run) if rank == 0 else None
@@ -136,7 +150,7 @@ def train_rank(config: TrainConfig) -> dict[str, Any]:
         with start_scoring(config) if rank == 0 else nullcontext() as scoring:
             figures = train_loop(run, loader, val_stream, metrics, scoring)
     except torch.OutOfMemoryError:
-        raise ValueError(
+        raise UserError(
             f"out of memory at batch_size {run.config.batch_size}; the run is as last saved: go on with a smaller "
             "--batch_size (the tokens of a step stay the same), or on a larger device"
         ) from None
@@ -199,7 +213,7 @@ def train_loop(
                 metrics.write(figures)
                 keep_best(run, figures["val_loss"])
             if config.sample_interval is not None and (last or run.step % config.sample_interval == 0):
-                text = generate(run.model, run.tokenizer, config.sample_prompt, max_new_tokens=64, top_p=0.95)[0].text
+                text = generate(run.model, run.tokenizer, config.sample_prompt, Sampling(max_new_tokens=64))[0].text
                 tqdm.write(f"--- sample at step {run.step}\n{config.sample_prompt}{text}\n---")
             if scoring is not None and (last or run.step % config.humaneval_interval == 0):
                 score(run, scoring, metrics)
@@ -248,8 +262,8 @@ def train_step(
     lr: float,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """One optimizer step on `batch`, inputs and targets of (sequences, T) each, in micro-steps of `batch_size`; the
-    ranks' batches make one step.
+    """One optimizer step on the mean loss over all targets that count (not IGNORE) of `batch`, inputs and targets of
+    (sequences, T) each, and of the other ranks' batches. The gradient is accumulated in micro-steps of `batch_size`.
 
     Returns the mean loss and the norm of the gradient before clipping, scalars on the device; or None, with the run
     untouched, if `interrupted()` came true between two micro-steps, in whichever rank.
@@ -260,7 +274,7 @@ def train_step(
     if agree(mean_loss is None):
         run.model.zero_grad(set_to_none=True)
         return None
-    average([mean_loss, *(p.grad for p in run.model.parameters())])
+    average([mean_loss, *(p.grad for p in run.model.parameters())], weight=n_counted(batch[1]) / batch[1].numel())
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     max_norm = math.inf if run.config.grad_clip is None else run.config.grad_clip
@@ -277,20 +291,22 @@ def train_step(
 def accumulate_gradients(
     run: Run, batch: tuple[torch.Tensor, torch.Tensor], interrupted: Callable[[], bool]
 ) -> torch.Tensor | None:
-    """The gradients of the mean loss over `batch`, in micro-steps, and that loss; None if `interrupted()` came true.
+    """The gradients of the mean loss over the targets of `batch` that count, in micro-steps, and that loss; None if
+    `interrupted()` came true.
 
     Out of memory, it begins again, from the same randomness, with a `batch_size` of half as many sequences.
     """
     rng = rng_state(run.device)
     while True:
         micro_batches = list(zip(*(half.split(run.config.batch_size) for half in batch), strict=True))
-        mean_loss = torch.zeros((), device=run.device)
+        mean_loss, n_targets = torch.zeros((), device=run.device), n_counted(batch[1]).to(run.device).clamp(min=1)
         try:
             for inputs, targets in micro_batches:
                 if interrupted():
                     return None
+                targets = targets.to(run.device)
                 with autocast(run.device, run.dtype):
-                    loss = run.model(inputs.to(run.device), targets.to(run.device)) / len(micro_batches)
+                    loss = run.model(inputs.to(run.device), targets) / (n_targets / n_counted(targets).clamp(min=1))
                 run.scaler.scale(loss).backward()
                 mean_loss += loss.detach()
             return mean_loss
@@ -303,6 +319,11 @@ def accumulate_gradients(
         torch.cuda.empty_cache()
         run.config = dataclasses.replace(run.config, batch_size=smaller_divisor(run.config.batch_size))
         tqdm.write(f"warning: out of memory; going on with --batch_size={run.config.batch_size}", file=sys.stderr)
+
+
+def n_counted(targets: torch.Tensor) -> torch.Tensor:
+    """How many of the targets count in the loss: a scalar on their device, which nothing waits for."""
+    return (targets != IGNORE).sum()
 
 
 def smaller_divisor(n: int) -> int:
@@ -334,7 +355,7 @@ def _peak_of_micro_step(run: Run, batch_size: int) -> int:
 
 
 def share_out(config: TrainConfig) -> TrainConfig:
-    """`config` with micro-steps no larger than a rank's share of a step. Raises ValueError if the ranks' shares are not
+    """`config` with micro-steps no larger than a rank's share of a step. Raises UserError if the ranks' shares are not
     equal, or not whole micro-steps."""
     _, world_size = rank_and_world()
     first, *_, last = *config.step_sizes(), config.step_sizes()[-1]
@@ -342,7 +363,7 @@ def share_out(config: TrainConfig) -> TrainConfig:
     if not fits_steps(config, batch_size):
         nearest = max(1, round(first / (world_size * batch_size))) * world_size * batch_size
         tokens = nearest * config.block_size << config.ramp_doublings
-        raise ValueError(
+        raise UserError(
             f"tokens_per_step is {config.tokens_per_step}, {first} sequences at first, which {world_size} processes "
             f"cannot share out in micro-steps of {batch_size}; set --tokens_per_step={tokens}, or another --batch_size "
             "or --nproc_per_node"
@@ -358,18 +379,18 @@ def fits_steps(config: TrainConfig, batch_size: int) -> bool:
 
 
 def open_dataset(config: TrainConfig) -> Shards:
-    """The shards to train on. Raises ValueError if they are damaged or their vocabulary does not fit the model's."""
+    """The shards to train on. Raises UserError if they are damaged or their vocabulary does not fit the model's."""
     shards = open_shards(config.dataset)
     if config.verify:
         shards.verify()
     if not shards.vocab_size <= config.vocab_size < shards.vocab_size + 128:
-        raise ValueError(
+        raise UserError(
             f"{shards.path}/meta.json: vocab_size is {shards.vocab_size}, the model has {config.vocab_size}; "
             f"set --vocab_size={-(-shards.vocab_size // 128) * 128}, or prepare the data with another --tokenizer"
         )
     end = Tokenizer.from_json(shards.tokenizer_json(), f"{shards.path}/tokenizer.json").end_of_text
     if config.document_end not in (None, end):
-        raise ValueError(
+        raise UserError(
             f"document_end is {config.document_end}, but documents of {shards.path} end with {end}; "
             f"set --document_end={end}"
         )
@@ -379,7 +400,7 @@ def open_dataset(config: TrainConfig) -> Shards:
 def start_run(config: TrainConfig, shards: Shards) -> Run:
     """The run in `out_dir`, where its newest checkpoint left it, or a new one.
 
-    Raises ValueError if the run there, or the one of `init_from`, does not match what `config` asks for.
+    Raises UserError if the run there, or the one of `init_from`, does not match what `config` asks for.
     """
     device = own_device(resolve_device(config.device))
     payload = read_newest(Path(config.out_dir), set_aside=True)
@@ -388,26 +409,35 @@ def start_run(config: TrainConfig, shards: Shards) -> Run:
     warn_if_slow(dtype, device, *shape)
     if device.type == "cpu":
         keep_freed_memory()
+    tokenizer = Tokenizer.from_json(shards.tokenizer_json(), f"{shards.path}/tokenizer.json")
     torch.manual_seed(config.seed)
-    model = GPT(config).to(device)
+    if payload is not None:
+        require_continuation(config, payload, shards.fingerprint())
+        model = build_model(config, payload["model"], device)
+    elif config.init_from is not None:
+        model = fine_tuned(config, tokenizer, shards.path, device)
+    else:
+        model = GPT(config).to(device)
     model.chunked_loss = config.chunked_loss
     optimizers = make_optimizers(model, config, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    tokenizer = Tokenizer.from_json(shards.tokenizer_json(), f"{shards.path}/tokenizer.json")
     run = Run(config, model, optimizers, scaler, tokenizer, shards.fingerprint(), device, dtype)
     if payload is not None:
         restore_run(run, payload)
-    elif config.init_from is not None:
-        source, source_tokenizer, payload = load(config.init_from, device)
-        where = f"--init_from={config.init_from}"
-        require_same(config, payload["model_config"], where, "set those values here")
-        if source_tokenizer.sha256 != tokenizer.sha256:
-            raise ValueError(
-                f"{where}: trained with another tokenizer than {shards.path} has; prepare the data with "
-                "--tokenizer=PATH of the tokenizer.json beside the shards of that run"
-            )
-        model.load_state_dict(source.state_dict())
     return run
+
+
+def fine_tuned(config: TrainConfig, tokenizer: Tokenizer, shards_path: Path, device: torch.device) -> GPT:
+    """The model of the run `init_from`, if its shapes and tokenizer are those asked for; else raises UserError."""
+    source_tokenizer, payload = open_run(config.init_from, verify=True)
+    where = f"--init_from={config.init_from}"
+    require_same(config, payload["model_config"], where, "set those values here")
+    if source_tokenizer.sha256 != tokenizer.sha256:
+        raise UserError(
+            f"{where}: trained with another tokenizer than {shards_path} has; prepare the data with "
+            "--tokenizer=PATH of the tokenizer.json beside the shards of that run"
+        )
+    return build_model(config, payload["model"], device)
 
 
 def evaluate(run: Run, stream: TokenStream) -> dict[str, Any]:
@@ -465,11 +495,11 @@ def try_micro_step(run: Run, batch_size: int) -> None:
 
 
 def require_finite(result: tuple[torch.Tensor, torch.Tensor], run: Run) -> tuple[float, float]:
-    """Loss and gradient norm as numbers. Raises ValueError if one is not finite (in fp16 a norm may be: the scaler
+    """Loss and gradient norm as numbers. Raises UserError if one is not finite (in fp16 a norm may be: the scaler
     left that step out)."""
     loss, grad_norm = (value.item() for value in result)
     if not math.isfinite(loss) or not (math.isfinite(grad_norm) or run.scaler.is_enabled()):
-        raise ValueError(
+        raise UserError(
             f"step {run.step}: loss is {loss}, gradient norm {grad_norm}; the checkpoints in {run.config.out_dir} are "
             "from before: go on from there with a lower --learning_rate or --dtype=float32"
         )

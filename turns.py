@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from errors import UserError
 from systems import SYSTEMS
 
 
@@ -24,18 +25,18 @@ class Worker:
         theirs.close()  # so that the pipe ends with the process
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """What the system's method returns. Raises ValueError for a user's mistake and for a process that ended."""
+        """What the system's method returns. Raises UserError for a user's mistake and for a process that ended."""
         try:
             self.pipe.send((method, arguments))
             kind, answer = self.pipe.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self.process.join()
             code = self.process.exitcode
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: its process ended with {code} in {method}; if memory was short, lower --batch_size"
             ) from None
         if kind == "mistake":
-            raise ValueError(answer)
+            raise UserError(answer)
         if kind == "failure":
             raise RuntimeError(f"{self.name} failed in {method}:\n{answer}")
         return answer
@@ -59,6 +60,8 @@ def work(name: str, arguments: tuple[Any, ...], pipe: Connection) -> None:
             answer = "answer", getattr(system, method)(*values)
         except (EOFError, KeyboardInterrupt):  # the parent has left, or is about to
             return
+        except UserError as error:
+            answer = "mistake", str(error)
         except torch.OutOfMemoryError:
             answer = "mistake", f"{name}: out of memory on the device; set a lower --batch_size"
         except Exception:

@@ -11,6 +11,7 @@ from functools import lru_cache
 from html import unescape
 
 from data.documents import Document, fraction
+from errors import UserError
 
 # Licences that ask for attribution at most; names as GitHub's and SPDX's, in lower case.
 PERMISSIVE = frozenset(
@@ -61,7 +62,7 @@ class CleanConfig:
         filter_names(self.filters)
         for name in ("min_alphanumeric", "config_test_rate", "no_keywords_rate", "min_alphabetic", "min_visible"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be in 0 .. 1")
+                raise UserError(f"{name} is {getattr(self, name)}; it must be in 0 .. 1")
 
 
 def long_line(document: Document, config: CleanConfig) -> bool:
@@ -166,12 +167,12 @@ SETS: dict[str, tuple[str, ...]] = {
 
 
 def filter_names(filters: str | None) -> list[str]:
-    """The filters that a setting names, sets spelled out, in the order of FILTERS. Raises ValueError on an unknown."""
+    """The filters that a setting names, sets spelled out, in the order of FILTERS. Raises UserError on an unknown."""
     known = [*FILTERS, *TOKEN_FILTERS]
     asked = split_names(filters)
     unknown = sorted(asked - set(known) - set(SETS))
     if unknown:
-        raise ValueError(f"--filters: unknown {unknown[0]!r}; use {', '.join([*SETS, *known])}")
+        raise UserError(f"--filters: unknown {unknown[0]!r}; use {', '.join([*SETS, *known])}")
     return [name for name in known if name in asked or any(name in SETS.get(one, ()) for one in asked)]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from data.documents import Document, Rejection, language_of
+from errors import UserError
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,9 @@ class Commits:
 
     def __post_init__(self) -> None:
         if shutil.which("git") is None:
-            raise ValueError("--source=commits: needs git; install it")
+            raise UserError("--source=commits: needs git; install it")
         if not self.version:
-            raise ValueError(f"--source=commits:{self.path}: not a git checkout with commits")
+            raise UserError(f"--source=commits:{self.path}: not a git checkout with commits")
 
     @property
     def name(self) -> str:

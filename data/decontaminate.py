@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from errors import UserError
+
 _TABLE_BITS = 20
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
@@ -30,12 +32,12 @@ def squeeze(text: str) -> str:
 def needles_of(rows: Iterable[dict[str, Any]], min_chars: int, columns: str, name: str) -> list[Needle]:
     """What to look for, of problems in rows of a file `name`: the texts in the comma-separated `columns`; of a `prompt`
     that is code, the docstring of its `entry_point`. What is shorter than `min_chars`, squeezed, is exempt: `return
-    sum(numbers)` proves nothing. Raises ValueError on a row that has none of the columns."""
+    sum(numbers)` proves nothing. Raises UserError on a row that has none of the columns."""
     needles = []
     for number, row in enumerate(rows, start=1):
         texts = [row[column] for column in columns.split(",") if isinstance(row.get(column), str)]
         if not texts:
-            raise ValueError(
+            raise UserError(
                 f"{name}, problem {number}: has no column {columns}; name its columns with --contaminant_columns"
             )
         problem = str(row.get("task_id", number))

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from errors import UserError
+
 PERMUTATIONS = 256
 MIN_SHINGLES = 10  # with fewer, Jaccard similarity says little: CodeParrot compares no such document either
 KEYS_AT_A_TIME = 2**20  # keys sorted in memory at once
@@ -33,9 +35,9 @@ class DedupConfig:
 
     def __post_init__(self) -> None:
         if self.near_threshold is not None and not 0.4 <= self.near_threshold <= 1:
-            raise ValueError(f"near_threshold is {self.near_threshold}; it must be in 0.4 .. 1")
+            raise UserError(f"near_threshold is {self.near_threshold}; it must be in 0.4 .. 1")
         if not 1 <= self.near_shingle <= 32:
-            raise ValueError(f"near_shingle is {self.near_shingle}; it must be in 1 .. 32 words")
+            raise UserError(f"near_shingle is {self.near_shingle}; it must be in 1 .. 32 words")
 
 
 def digest(squeezed: str) -> bytes:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from errors import UserError
+
 
 class Document(NamedTuple):
     text: str  # the file's whole text
@@ -53,7 +55,7 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         if self.max_document_bytes < 1:
-            raise ValueError(f"max_document_bytes is {self.max_document_bytes}; it must be at least 1")
+            raise UserError(f"max_document_bytes is {self.max_document_bytes}; it must be at least 1")
 
 
 LANGUAGES = {

@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 
 from data.documents import Document, Rejection
+from errors import UserError
 from tokenizer import Special
 
 NOTEBOOK = "Jupyter Notebook"
@@ -42,7 +43,7 @@ class FormatConfig:
     def __post_init__(self) -> None:
         for name in ("metadata_rate", "fim_rate", "spm_rate"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be in 0 .. 1")
+                raise UserError(f"{name} is {getattr(self, name)}; it must be in 0 .. 1")
 
 
 def sequence(document: Document, config: FormatConfig, seed: int) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from data.documents import Document, Rejection, SourceConfig
 from data.rows import RATIOS, RowFile
+from errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst", ".parquet")
 HELD_OUT = {"codeparrot/codeparrot-clean": "*file-000000000054.json.gz"}  # never in train
@@ -86,7 +87,7 @@ def hub_files(spec: str, config: SourceConfig, folder: Path, pins: dict[str, str
     ]
     if not files:
         names = ", ".join(file.rfilename for file in info.siblings[:5])
-        raise ValueError(f"--source=hub:{spec}: no file matches; the repository holds {names} …")
+        raise UserError(f"--source=hub:{spec}: no file matches; the repository holds {names} …")
     return files
 
 
@@ -131,5 +132,5 @@ def _hub() -> Any:
     try:
         import huggingface_hub
     except ImportError:
-        raise ValueError("a hub source needs huggingface_hub; install it with: pip install datasets") from None
+        raise UserError("a hub source needs huggingface_hub; install it with: pip install datasets") from None
     return huggingface_hub

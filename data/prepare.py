@@ -38,6 +38,7 @@ from data.refine import RefineConfig, Refinery, files_named, is_validation
 from data.sources import open_source
 from data.units import Maker, Task, is_done
 from data.vocabulary import tokenizer_for
+from errors import UserError
 from shards import SPLITS, open_shards, shards_path
 from tokenizer import load_tokenizer
 
@@ -61,12 +62,12 @@ class PrepareConfig(RefineConfig):
         super().__post_init__()
         for name in ("max_tokens", "unit_bytes", "shard_tokens", "workers", "merge", "dry_run"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+                raise UserError(f"{name} is {value}; it must be at least 1")
         if not self.name:
-            raise ValueError("name is empty; give the folder to make under data/shards")
+            raise UserError("name is empty; give the folder to make under data/shards")
         modes = [mode for mode in ("part", "merge", "dry_run", "verify") if getattr(self, mode)]
         if len(modes) > 1:
-            raise ValueError(f"--{modes[0]} and --{modes[1]}: one run does one of them")
+            raise UserError(f"--{modes[0]} and --{modes[1]}: one run does one of them")
         if self.part is not None:
             part_of(self.part)
 
@@ -115,7 +116,7 @@ def _inputs(config: PrepareConfig, downloads: Path, pins: dict[str, str]) -> lis
     inputs = open_source(config, downloads, pins)
     first = [item for item in inputs if is_validation(item, config)]
     if config.val_files and not first:
-        raise ValueError(f"--val_files={config.val_files}: matches none of {len(inputs)} inputs, {inputs[0].name} …")
+        raise UserError(f"--val_files={config.val_files}: matches none of {len(inputs)} inputs, {inputs[0].name} …")
     return first + [item for item in inputs if not is_validation(item, config)]
 
 
@@ -156,7 +157,7 @@ def _publish(
     summary["tokenizers"] = read_json(work / "tokenizers.json") if (work / "tokenizers.json").exists() else {}
     if not all(splits[split]["tokens"] for split in SPLITS):
         shutil.rmtree(work)  # with these settings it would be so again
-        raise ValueError(
+        raise UserError(
             f"--source={config.source}: {splits['train']['documents']} documents for training, "
             f"{splits['val']['documents']} for validation, dropped: {summary['rejected'] or 'none'}; each split needs "
             "one: mend what was dropped, add repositories, change --val_fraction or set --split_by=file"
@@ -268,7 +269,7 @@ def _locked(work: Path) -> Iterator[None]:
 
 def _existing(path: Path, config: PrepareConfig) -> dict[str, Any]:
     if not (path / "meta.json").is_file():
-        raise ValueError(f"{path}: is there already, and holds no shards; delete it, or choose another --name")
+        raise UserError(f"{path}: is there already, and holds no shards; delete it, or choose another --name")
     meta = open_shards(config.name).meta
     _remove_leftovers(path)
     compare(path, meta["settings"], _settings(config))

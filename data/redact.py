@@ -18,6 +18,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from errors import UserError
+
 EMAIL_DOMAIN = re.compile(r"@(?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,}(?![\w-])")  # begins with what is rare
 EMAIL_NAME = re.compile(r"[A-Za-z0-9_][\w.+-]{0,63}\Z")
 NOBODY = re.compile(r"git@|.*@(?:.*\.)?example\.(?:com|org|net)$", re.IGNORECASE)
@@ -62,14 +64,14 @@ class Finding(NamedTuple):
 
 
 class Redactor:
-    """Replaces personal data and secrets. Raises ValueError if detect-secrets is not installed."""
+    """Replaces personal data and secrets. Raises UserError if detect-secrets is not installed."""
 
     def __init__(self) -> None:
         try:
             from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
             from detect_secrets.plugins.base import RegexBasedDetector
         except ImportError:
-            raise ValueError("--redact: needs detect-secrets; install it with: pip install detect-secrets") from None
+            raise UserError("--redact: needs detect-secrets; install it with: pip install detect-secrets") from None
         # The first two are found here; the third takes any word that begins with AP and a letter up to F for a key.
         left_out = ("Public IP (ipv4)", "Private Key", "Artifactory Credentials")
         self.detectors = [

@@ -24,6 +24,7 @@ from data.decontaminate import Decontaminator, needles_of
 from data.documents import Document, Input, Rejection, SourceConfig, fraction, utf8_bytes
 from data.redact import Redactor
 from data.rows import read_rows
+from errors import UserError
 from tokenizer import NAMED, Special, Tokenizer
 
 
@@ -44,14 +45,14 @@ class RefineConfig(SourceConfig, CleanConfig, dedup.DedupConfig, formats.FormatC
         for base in RefineConfig.__mro__[1:-1]:
             base.__post_init__(self)
         if not 0 <= self.val_fraction < 1 or (self.val_fraction == 0 and not self.val_files):
-            raise ValueError(
+            raise UserError(
                 f"val_fraction is {self.val_fraction}; it must be above 0 (or 0 with val_files) and below 1"
             )
         for name in ("tokenizer_sample_bytes", "package_bytes"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+                raise UserError(f"{name} is {value}; it must be at least 1")
         if self.split_by not in ("repo", "file"):
-            raise ValueError(f"split_by is {self.split_by!r}; it must be repo or file")
+            raise UserError(f"split_by is {self.split_by!r}; it must be repo or file")
         language_weights(self.language_weights)
 
 
@@ -113,7 +114,7 @@ class Draft:
 
 
 class Refinery:
-    """The steps from documents to tokens, with what they need at hand. Raises ValueError or FileNotFoundError if a file
+    """The steps from documents to tokens, with what they need at hand. Raises UserError or FileNotFoundError if a file
     or package that the settings need is not there. Without a tokenizer it can clean."""
 
     def __init__(self, config: RefineConfig, tokenizer: Tokenizer | None = None):
@@ -281,7 +282,7 @@ def split_of(key: str, seed: int, val_fraction: float) -> str:
 
 
 def language_weights(setting: str | None) -> dict[str, float]:
-    """The weights that a setting such as "Python=2,*=0.5" gives. Raises ValueError."""
+    """The weights that a setting such as "Python=2,*=0.5" gives. Raises UserError."""
     weights = {}
     for pair in split_names(setting):
         language, _, number = pair.rpartition("=")
@@ -290,7 +291,7 @@ def language_weights(setting: str | None) -> dict[str, float]:
         except ValueError:
             weights[language] = -1.0
         if not language or not 0 <= weights[language.strip()] <= 1000:
-            raise ValueError(f"language_weights: {pair!r} is no LANGUAGE=NUMBER with a number in 0 .. 1000")
+            raise UserError(f"language_weights: {pair!r} is no LANGUAGE=NUMBER with a number in 0 .. 1000")
     return weights
 
 
@@ -314,7 +315,7 @@ def _decontaminator(config: RefineConfig) -> Decontaminator | None:
     for pattern in sorted(split_names(config.decontaminate)):
         paths = sorted(glob.glob(pattern, recursive=True))
         if not paths:
-            raise ValueError(f"--decontaminate={pattern}: no such file; the README says how to get the problems")
+            raise UserError(f"--decontaminate={pattern}: no such file; the README says how to get the problems")
         for path in map(Path, paths):
             columns, name = config.contaminant_columns, path.name.split(".")[0]
             needles += needles_of(read_rows(path), config.contaminant_min_chars, columns, name)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data.documents import Document, Rejection, SourceConfig, language_named, language_of, utf8_bytes
+from errors import UserError
 
 RATIOS = {".gz": 3.5, ".zst": 4.0, ".parquet": 3.0}  # bytes of source code in a byte of the file, about
 
@@ -50,7 +51,7 @@ class RowFile:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows of a small file, blank lines left out. Raises ValueError at the first that is none."""
+    """All rows of a small file, blank lines left out. Raises UserError at the first that is none."""
     rows = []
     for number, row in enumerate((_parquet_rows if path.suffix == ".parquet" else _lines)(path, 2**27), start=1):
         if isinstance(row, bytes) and not row.strip():
@@ -60,7 +61,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, row {number}: not a JSON object; give a file of JSON lines or Parquet")
+            raise UserError(f"{path}, row {number}: not a JSON object; give a file of JSON lines or Parquet")
         rows.append(row)
     return rows
 
@@ -145,9 +146,7 @@ def _zstd() -> Any:
         try:
             from backports import zstd
         except ImportError:
-            raise ValueError(
-                "a .zst source needs backports.zstd; install it with: pip install backports.zstd"
-            ) from None
+            raise UserError("a .zst source needs backports.zstd; install it with: pip install backports.zstd") from None
     return zstd
 
 
@@ -155,7 +154,7 @@ def _parquet() -> Any:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ValueError("a .parquet source needs pyarrow; install it with: pip install datasets") from None
+        raise UserError("a .parquet source needs pyarrow; install it with: pip install datasets") from None
     return pyarrow.parquet
 
 

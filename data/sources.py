@@ -22,13 +22,14 @@ from data.commits import Commits
 from data.documents import LANGUAGES, Document, Input, Rejection, SourceConfig, digest_of, fraction, language_of
 from data.hub import hub_files
 from data.rows import RowFile
+from errors import UserError
 
 GROUP_BYTES = 2**24  # source files are read in groups of about this much
 
 
 def open_source(config: SourceConfig, downloads: Path, pins: dict[str, str]) -> list[Input]:
     """The inputs that `config.source` names. A hub's files are downloaded into the folder `downloads`, one at a time;
-    `pins` holds the commits of its repositories, and those not in it yet are looked up and added. Raises ValueError if
+    `pins` holds the commits of its repositories, and those not in it yet are looked up and added. Raises UserError if
     a source is unknown, is not there or matches nothing."""
     return [item for spec in config.source.split(";") for item in _open(spec.strip(), config, downloads, pins)]
 
@@ -43,13 +44,13 @@ def _open(spec: str, config: SourceConfig, downloads: Path, pins: dict[str, str]
         names = [name for name in sorted(glob.glob(rest, recursive=True)) if os.path.isfile(name)]
         once = {os.path.realpath(name): name for name in reversed(names)}  # a link may lead back to a folder above
         if not once:
-            raise ValueError(f"--source={spec}: no file matches; check the path, and quote the pattern")
+            raise UserError(f"--source={spec}: no file matches; check the path, and quote the pattern")
         return [RowFile(Path(name), config) for name in sorted(once.values())]
     if kind == "hub" and rest:
         return hub_files(rest, config, downloads, pins)
     if kind == "commits" and rest:
         return [Commits(Path(rest), config.max_document_bytes)]
-    raise ValueError(
+    raise UserError(
         f"--source={spec}: unknown; use local, dir:PATH, files:GLOB such as 'files:data/raw/*.json.gz', hub:NAME such "
         "as hub:codeparrot/codeparrot-clean, or commits:PATH"
     )
@@ -120,10 +121,10 @@ def local_files(folders: dict[Path, str], package_bytes: int | None, max_bytes: 
 
 def folder_files(folder: Path, max_bytes: int) -> list[Input]:
     """The files below `folder` whose extension names a language, in order of path; what lies in `folder` itself makes a
-    repository of its name. Hidden folders and node_modules are left out, symbolic links are rejected. Raises ValueError
+    repository of its name. Hidden folders and node_modules are left out, symbolic links are rejected. Raises UserError
     if there is none."""
     if not folder.is_dir():
-        raise ValueError(f"--source=dir:{folder}: no such folder")
+        raise UserError(f"--source=dir:{folder}: no such folder")
     files = []
     for path, problem in _walk(folder, ("node_modules",)):
         relative = path.relative_to(folder)
@@ -133,7 +134,7 @@ def folder_files(folder: Path, max_bytes: int) -> list[Input]:
         elif language_of(path.name):
             files.append(_source_file(path, repo, str(relative), max_bytes))
     if not files:
-        raise ValueError(
+        raise UserError(
             f"--source=dir:{folder}: holds no source files; known extensions: {' '.join(sorted(LANGUAGES))}"
         )
     return _groups(sorted(files), max_bytes)

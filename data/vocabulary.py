@@ -12,6 +12,7 @@ from data.documents import Document, Input, fraction, utf8_bytes
 from data.formats import SPECIALS
 from data.refine import RefineConfig, Refinery, Tally, is_validation
 from data.report import progress_bar
+from errors import UserError
 from tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 SAMPLED_INPUTS = 8  # the sample comes from at most this many, spread over the source; a hub's are downloaded for it
@@ -20,7 +21,7 @@ HELD_OUT_BYTES = 2**21  # validation text on which tokenizers are compared
 
 def tokenizer_for(config: RefineConfig, inputs: list[Input], folder: Path) -> Tokenizer:
     """The tokenizer the settings ask for, kept in `folder`, so that a run that goes on uses the same; beside one that
-    is trained, tokenizers.json compares it with cl100k_base. Raises ValueError if it cannot be had."""
+    is trained, tokenizers.json compares it with cl100k_base. Raises UserError if it cannot be had."""
     path = folder / "tokenizer.json"
     if path.exists():
         return load_tokenizer(str(path))
@@ -40,7 +41,7 @@ def make_tokenizer(config: RefineConfig, texts: Iterable[str]) -> Tokenizer:
     if kind != "train":
         return load_tokenizer(config.tokenizer).with_specials(specials)
     if not size.isdecimal():
-        raise ValueError(f"--tokenizer={config.tokenizer}: wants a number of ids, such as train:4096")
+        raise UserError(f"--tokenizer={config.tokenizer}: wants a number of ids, such as train:4096")
     return train_tokenizer(texts, int(size) - len(specials)).with_specials(specials)
 
 
@@ -75,7 +76,7 @@ def _compared(tokenizer: Tokenizer, held_out: list[str]) -> dict[str, float]:
     tokenizers = {tokenizer.name: tokenizer}
     try:
         tokenizers["cl100k_base"] = load_tokenizer("cl100k_base")
-    except ValueError:
+    except UserError:
         print("cl100k_base could not be loaded: the new tokenizer is not compared with it", file=sys.stderr)
     n_bytes = sum(map(utf8_bytes, held_out))
     counts = {

@@ -11,13 +11,15 @@ from multiprocessing import connection
 from typing import Any
 
 from data.units import Maker, Task
+from errors import UserError
 
 
 def run(maker: Maker, tasks: list[Task], n_workers: int, progress: Callable[[int], bool]) -> None:
     """Make what is missing of the units of all tasks.
 
     `progress` is told now and then how many bytes more were read, and answers whether to go on. With fewer tasks than
-    workers, each process tokenizes with several threads. Raises OSError for a worker that failed by one or was killed.
+    workers, each process tokenizes with several threads. Raises the UserError or OSError that a worker failed by, and
+    OSError for one that was killed.
     """
     n_processes = min(n_workers, len(tasks))
     maker = dataclasses.replace(maker, threads=n_workers // max(1, n_processes))
@@ -46,7 +48,7 @@ class _Shared:
     next_task: Any  # number of the task to take next
     bytes_read: Any
     stop: Any  # an event: there is enough
-    failures: Any  # a queue of (kind, message)
+    failures: Any  # a queue of (class of the exception, message)
     parent: int  # the parent's process id
 
 
@@ -66,7 +68,7 @@ def _watch(processes: list[Any], shared: _Shared, progress: Callable[[int], bool
 def _raise_failure(processes: list[Any], shared: _Shared) -> None:
     if not shared.failures.empty():
         kind, message = shared.failures.get()
-        raise OSError(message) if kind == "OSError" else RuntimeError(f"a worker failed:\n{message}")
+        raise kind(message)
     codes = [process.exitcode for process in processes if process.exitcode]
     if codes:
         raise OSError(
@@ -93,7 +95,7 @@ def _work(maker: Maker, tasks: list[Task], shared: _Shared) -> None:
             if place >= len(tasks):
                 return
             maker.make(tasks[place], progress)
-    except OSError as error:
-        shared.failures.put(("OSError", str(error)))
+    except (UserError, OSError) as error:
+        shared.failures.put((UserError if isinstance(error, UserError) else OSError, str(error)))
     except BaseException:
-        shared.failures.put(("bug", traceback.format_exc()))
+        shared.failures.put((RuntimeError, f"a worker failed:\n{traceback.format_exc()}"))

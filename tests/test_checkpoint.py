@@ -1,3 +1,4 @@
+import dataclasses
 import pickle
 import resource
 import subprocess
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import checkpoint
-from train import TrainConfig, train
+from train import TrainConfig, open_dataset, start_run, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,6 +53,24 @@ def test_a_flipped_byte_in_the_weights_is_found(trained):
     (trained / "last.pt").write_bytes(data)
     with pytest.raises(ValueError, match="damaged"):
         checkpoint.read(trained / "last.pt")
+
+
+def test_loading_draws_no_random_weights_and_a_tokenizer_is_read_without_any(trained, run_config, monkeypatch):
+    drawn = []
+    normal = torch.nn.init.normal_
+    monkeypatch.setattr("torch.nn.init.normal_", lambda tensor, **o: drawn.append(tensor.device.type) or normal(tensor))
+    start_run(dataclasses.replace(run_config, init_from=str(trained), out_dir="other"), open_dataset(run_config))
+    start_run(run_config, open_dataset(run_config))
+    model = checkpoint.load(str(trained), torch.device("cpu"))[0]
+    assert set(drawn) == {"meta"} and all(parameter.requires_grad for parameter in model.parameters())
+    data = bytearray((trained / "last.pt").read_bytes())
+    data[len(data) // 2] ^= 1  # in the weights
+    (trained / "last.pt").write_bytes(data)
+    tokenizer, payload = checkpoint.open_run(str(trained))
+    assert (payload["step"], payload["model_config"]["n_embd"]) == (12, 32) and tokenizer.vocab_size == 512
+    (trained / "previous.pt").unlink()
+    with pytest.raises(ValueError, match="damaged"):
+        checkpoint.load(str(trained), torch.device("cpu"))
 
 
 class Payload:

@@ -5,9 +5,9 @@ import json
 import torch
 
 from completions import complete, write_samples
-from eval_humaneval import EvalConfig
 from model import GPT, GPTConfig
 from problems import Problem
+from sampling import Sampling
 from tokenizer import load_tokenizer
 
 PROBLEM = Problem("T/0", "def f():\n", "", "f", None, ("\n\n",))
@@ -25,8 +25,7 @@ def test_a_prompt_follows_an_end_of_text_and_specials_end_a_completion(shards, m
         return torch.nn.functional.one_hot(torch.tensor(script[len(seen) - 1]), 513).expand(len(tokens), -1) * 100.0
 
     monkeypatch.setattr(GPT, "decode", decode)
-    config = EvalConfig(n_samples=2, max_new_tokens=3)
-    completions = complete(model, tokenizer, PROBLEM, config, 0.0)
+    completions = complete(model, tokenizer, PROBLEM, Sampling(3, temperature=0.0), n_samples=2, batch_size=2)
     assert seen[0][0].tolist() == [tokenizer.end_of_text, *tokenizer.encode(PROBLEM.prompt)]
     assert [tuple(completion) for completion in completions] == [("x", "x", "stop")] * 2
 
@@ -36,12 +35,12 @@ def test_a_file_cut_anywhere_goes_on_to_the_same_lines(shards, tmp_path):
     tokenizer = load_tokenizer(str(shards.path / "tokenizer.json"))
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=64, vocab_size=512))
     problems = [PROBLEM._replace(task_id=f"T/{place}") for place in range(3)]
-    config = EvalConfig(n_samples=2, max_new_tokens=4)
+    sampling = Sampling(4, temperature=1.0)
     path = tmp_path / "samples.jsonl"
-    samples = write_samples(path, model, tokenizer, problems, config, 1.0)
+    samples = write_samples(path, model, tokenizer, problems, sampling, 2, 2)
     whole = path.read_text()
     assert [json.loads(line) for line in whole.splitlines()] == samples and len(samples) == 6
     for cut in range(0, len(whole), 37):
         path.write_text(whole[:cut])
-        assert write_samples(path, model, tokenizer, problems, config, 1.0) == samples
+        assert write_samples(path, model, tokenizer, problems, sampling, 2, 2) == samples
         assert path.read_text() == whole

@@ -7,6 +7,7 @@ import pytest
 
 from config import help_text, load_config
 from data.prepare import PrepareConfig
+from errors import UserError
 from eval_perplexity import EvalConfig
 from sample import SampleConfig
 from train import TrainConfig
@@ -87,11 +88,15 @@ def test_every_shipped_config_loads(path):
 
 def test_a_users_mistake_is_one_line_and_a_bug_keeps_its_traceback(run_program):
     def mistaken(config: Example):
-        raise ValueError("out/x: not there;\nmake it")
+        exec("raise UserError('out/x: not there;\\nmake it')", {"UserError": UserError})  # no source line to look at
+
+    def full(config: Example):
+        raise OSError(28, "No space left on device", "out/x")
 
     def buggy(config: Example):
-        _one, _two = [config] * 3
+        raise ValueError("too many values, in a line that begins with raise")
 
+    assert run_program(full, Example) == (2, "", "error: [Errno 28] No space left on device: 'out/x'\n")
     assert run_program(mistaken, Example) == (2, "", "error: out/x: not there; make it\n")
     assert run_program(mistaken, Example, "--widht=3")[0] == 2
     with pytest.raises(ValueError, match="too many values"):

@@ -65,6 +65,38 @@ def test_two_processes_end_with_the_weights_of_one(run_arguments, tmp_path):
             assert a[key] == pytest.approx(b[key], rel=1e-5)
 
 
+MASKED_STEP = """
+import sys, torch
+from config import load_config
+from dataloader import Loader
+from distributed import rank_and_world, started
+from model import IGNORE
+from train import TrainConfig, open_dataset, start_run, train_step
+config = load_config(TrainConfig, sys.argv[2:])
+rank, world_size = rank_and_world()
+with started(torch.device("cpu")):
+    shards = open_dataset(config)
+    inputs, targets = Loader(shards.split("train"), config.block_size, 8, config.seed).batch(0)
+    targets[0::4] = IGNORE  # three quarters of rank 0's, with the next line, and none of rank 1's
+    targets[2::4, 16:] = IGNORE
+    run = start_run(config, shards)
+    loss, norm = train_step(run, (inputs[rank::world_size], targets[rank::world_size]), lr=1e-3)
+    if rank == 0:
+        torch.save((loss, norm, run.model.state_dict()), sys.argv[1])
+"""
+
+
+def test_ranks_weigh_by_their_targets_that_count(run_arguments, tmp_path):
+    settings = [*run_arguments, "--dropout=0.0", "--batch_size=2"]
+    for process in ranks(str(tmp_path / "two"), *settings, program=("-c", MASKED_STEP)):
+        assert process.communicate(timeout=60) and process.returncode == 0
+    subprocess.run([sys.executable, "-c", MASKED_STEP, tmp_path / "one", *settings], cwd=ROOT, check=True)
+    (loss, norm, weights), (other_loss, other_norm, other_weights) = (torch.load(tmp_path / n) for n in ("one", "two"))
+    assert loss.item() == pytest.approx(other_loss.item(), rel=1e-6)
+    assert norm.item() == pytest.approx(other_norm.item(), rel=1e-5)
+    assert all(torch.allclose(weights[name], other_weights[name], atol=1e-5) for name in weights)
+
+
 def test_processes_that_measure_differently_compute_alike(run_arguments, tmp_path):
     """Rank 0 finds bf16 fast and rank 1 does not: both train in fp32."""
     stub = "import os, device; device._relative_time = lambda *_: 0.5 if os.environ['RANK'] == '0' else 9.0; "

@@ -56,20 +56,20 @@ def files(tmp_path) -> str:
 
 
 def test_the_lines_left_out_are_code(files, capsys):
-    gaps = find_gaps(InfillingConfig(files=files))
+    gaps = find_gaps(files, 1000, 5, 0)
     assert [gap.line.strip() for gap in gaps] == [
         *("import os", "def f(x):", "y = [", 'text = """', "if y:", "return y", "return None")
     ]
     assert all("".join(gap.prefix) + gap.line + "\n" + "".join(gap.suffix) == SOURCE for gap in gaps)
     assert "bad.py: not Python in UTF-8; left out" in capsys.readouterr().err
-    few = find_gaps(InfillingConfig(files=files, n_lines=3))
-    assert len(few) == 3 and few == find_gaps(InfillingConfig(files=files, n_lines=3))
+    few = find_gaps(files, 3, 5, 0)
+    assert len(few) == 3 and few == find_gaps(files, 3, 5, 0)
 
 
 @pytest.mark.parametrize("spm", [False, True])
 def test_a_prompt_holds_the_lines_next_to_the_gap_and_fits(shards, files, spm):
     tokenizer = load_tokenizer(str(shards.path / "tokenizer.json")).with_specials(SPECIALS)
-    for gap in find_gaps(InfillingConfig(files=files)):
+    for gap in find_gaps(files, 1000, 5, 0):
         for room in (10, 40, 5000):
             pieces = prompt_of(gap, tokenizer, room, spm)
             prefix, suffix = (pieces[5], pieces[3]) if spm else (pieces[2], pieces[4])
@@ -81,10 +81,10 @@ def test_a_prompt_holds_the_lines_next_to_the_gap_and_fits(shards, files, spm):
 
 def test_answers_count_when_they_are_the_line(run_folder, files, monkeypatch, run_program):
     asked = []
-    lines = [gap.line for gap in find_gaps(InfillingConfig(files=files))]
+    lines = [gap.line for gap in find_gaps(files, 1000, 5, 0)]
 
-    def generate(model, tokenizer, prompt, **options):
-        asked.append((prompt, options))
+    def generate(model, tokenizer, prompt, sampling, **options):
+        asked.append((sampling, options))
         line = lines[len(asked) - 1]
         return [Completion(line + "  " if len(asked) % 2 else line.strip() + "?", "", "stop")]
 
@@ -92,7 +92,7 @@ def test_answers_count_when_they_are_the_line(run_folder, files, monkeypatch, ru
     settings = (f"--out_dir={run_folder}", f"--files={files}", "--device=cpu", "--max_new_tokens=20")
     code, out, _ = run_program(evaluate, InfillingConfig, *settings)
     assert code == 0 and "57.14% ± 18.70% of 7 lines" in out
-    assert asked[0][1]["stop"] == ("\n",) and asked[0][1]["temperature"] == 0
+    assert asked[0][1]["stop"] == ("\n",) and asked[0][0].temperature == 0
     kept = json.loads((eval_infilling.Path(run_folder) / "eval" / "infilling.json").read_text())
     assert kept["exact_match"] == pytest.approx(4 / 7) and kept["answers"][1]["answer"] == "def f(x):?"
 

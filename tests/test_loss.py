@@ -81,3 +81,12 @@ def test_the_reference_of_newer_torch_agrees(problem):
     x, weight, targets = problem
     want = theirs(x, weight, targets.long(), ignore_index=IGNORE)
     assert linear_cross_entropy(x, weight, targets) == pytest.approx(want.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk_bytes", [8192, 2**30])
+def test_without_any_target_the_loss_and_its_gradients_are_zero(problem, chunk_bytes):
+    x, weight, targets = problem
+    got = with_gradients(
+        lambda *args: linear_cross_entropy(*args, chunk_bytes=chunk_bytes), x, weight, torch.full_like(targets, IGNORE)
+    )
+    assert [tensor.abs().max().item() for tensor in got] == [0.0, 0.0, 0.0]

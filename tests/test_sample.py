@@ -7,7 +7,8 @@ import torch
 
 import sample as sample_module
 from model import GPT
-from sample import SampleConfig, choose_token, generate, generate_tokens, sample, window_start
+from sample import SampleConfig, generate, generate_tokens, sample, window_start
+from sampling import Sampling, choose_token
 from tokenizer import Tokenizer, load_tokenizer
 from train import train
 
@@ -39,7 +40,7 @@ def test_cached_decode_equals_full_forward_past_the_context(model, n_prompt):
 
 def test_ids_beyond_the_vocabulary_are_never_sampled(model, tokenizer):
     for temperature in (0.0, 5.0):
-        text = generate(model, tokenizer, "x", n_samples=8, max_new_tokens=100, temperature=temperature)
+        text = generate(model, tokenizer, "x", Sampling(100, temperature), n_samples=8)
         assert len(text) == 8  # an id of 512 to 639, a fifth of the model's rows, could not be decoded
 
 
@@ -52,8 +53,10 @@ def test_end_of_text_and_stop_strings_end_a_sample(model, tokenizer, monkeypatch
     def write(steps, **options):
         pieces = []
         monkeypatch.setattr(sample_module, "generate_tokens", script(steps))
-        options = {"max_new_tokens": len(steps), **options}
-        completion = generate(model, tokenizer, "x", on_text=lambda row, text: pieces.append(text), **options)[0]
+        sampling = Sampling(len(steps))
+        completion = generate(
+            model, tokenizer, "x", sampling, on_text=lambda row, text: pieces.append(text), **options
+        )[0]
         assert "".join(pieces) == completion.text and completion.raw.startswith(completion.text)
         return completion
 
@@ -74,7 +77,7 @@ def test_the_prompt_is_read_once_and_the_samples_differ_from_the_first_token_on(
         GPT, "decode", lambda self, tokens, cache: shapes.append(tokens.shape) or decode(self, tokens, cache)
     )
     prompt = "x = 1\n" * 5
-    generate(model, tokenizer, prompt, n_samples=50, max_new_tokens=3, temperature=2.0)
+    generate(model, tokenizer, prompt, Sampling(3, 2.0), n_samples=50)
     assert shapes == [(1, len(tokenizer.encode(prompt))), (50, 1), (50, 1)]
     torch.manual_seed(0)
     draws = []
@@ -91,28 +94,32 @@ def test_top_k_and_top_p_keep_what_they_say():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(2000, 1)
 
     def drawn(**options):
-        settings = {"temperature": 1.0, "top_k": None, "top_p": None, **options}
-        return set(choose_token(logits, generator=torch.Generator().manual_seed(0), **settings).tolist())
+        sampling = Sampling(**{"temperature": 1.0, "top_p": None, **options})
+        return set(choose_token(logits, sampling, torch.Generator().manual_seed(0)).tolist())
 
     assert drawn() == {0, 1, 2, 3} and drawn(top_k=2) == {0, 1} and drawn(top_k=9) == {0, 1, 2, 3}
     assert drawn(top_p=0.79) == {0, 1} and drawn(top_p=0.81) == {0, 1, 2} and drawn(top_p=0.1) == {0}
     assert drawn(temperature=0.0) == {0} and drawn(temperature=0.01) == {0}
-    share = (choose_token(logits, 1.0, None, None, torch.Generator().manual_seed(0)) == 0).float().mean()
+    share = (
+        (choose_token(logits, Sampling(temperature=1.0, top_p=None), torch.Generator().manual_seed(0)) == 0)
+        .float()
+        .mean()
+    )
     assert share == pytest.approx(0.5, abs=0.05)
 
 
 def test_a_seed_repeats_and_samples_differ(model, tokenizer):
-    options = {"n_samples": 3, "max_new_tokens": 20, "temperature": 1.0}
-    first = generate(model, tokenizer, "def ", seed=1, **options)
-    assert generate(model, tokenizer, "def ", seed=1, **options) == first
-    assert len(set(first)) == 3 and generate(model, tokenizer, "def ", seed=2, **options) != first
+    def drawn(seed: int) -> list:
+        return generate(model, tokenizer, "def ", Sampling(20, temperature=1.0, seed=seed), n_samples=3)
+
+    assert drawn(1) == drawn(1) != drawn(2) and len(set(drawn(1))) == 3
 
 
 def test_a_prompt_longer_than_the_context_is_cut_on_the_left(model, tokenizer):
     text = "x = 1\n" * 100
-    long = generate(model, tokenizer, text, max_new_tokens=5, temperature=0)
+    long = generate(model, tokenizer, text, Sampling(5, temperature=0))
     kept = tokenizer.decode(tokenizer.encode(text)[-64:])
-    assert generate(model, tokenizer, kept, max_new_tokens=5, temperature=0) == long
+    assert generate(model, tokenizer, kept, Sampling(5, temperature=0)) == long
 
 
 def test_the_program_reads_a_prompt_from_anywhere_and_streams(run_config, run_program, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ import muon
 from checkpoint import read
 from config import load_config
 from dataloader import Loader
-from model import GPT
+from model import GPT, IGNORE
 from recipe import learning_rate, make_optimizers
 from train import TrainConfig, expected_time, open_dataset, start_run, train, train_step
 
@@ -145,6 +145,30 @@ def test_accumulated_gradients_equal_large_batch(run_config):
     assert norm.item() == pytest.approx(other_norm.item(), rel=1e-5)
     assert torch.allclose(weights, other_weights, atol=1e-5)  # of a step of 1e-3: AdamW makes much of tiny gradients
     assert all(p.grad is None for p in run.model.parameters())
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_the_loss_of_a_step_is_the_mean_over_the_targets_that_count(run_config, chunked):
+    """Micro-steps of unequal numbers of targets, one of them without any, are one mean; none at all is 0."""
+    shards = open_dataset(run_config)
+    config = dataclasses.replace(run_config, dropout=0.0, grad_clip=None, chunked_loss=chunked)
+    inputs, targets = Loader(shards.split("train"), config.block_size, 8, config.seed).batch(0)
+    targets[:2] = IGNORE
+    targets[2:4, 5:] = IGNORE
+
+    def step(batch_size: int, targets: torch.Tensor) -> tuple[float, float]:
+        run = start_run(dataclasses.replace(config, batch_size=batch_size), shards)
+        loss, norm = train_step(run, (inputs, targets), lr=0.0)
+        return loss.item(), norm.item()
+
+    model = start_run(config, shards).model
+    counted = targets != IGNORE
+    nats = -model(inputs).log_softmax(-1)[counted].gather(1, targets[counted].long()[:, None])
+    nats.mean().backward()
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+    for batch_size in (8, 2, 1):
+        assert step(batch_size, targets) == pytest.approx((nats.mean().item(), norm.item()), rel=1e-5)
+    assert step(2, torch.full_like(targets, IGNORE)) == (0.0, 0.0)
 
 
 def test_learning_rate_has_the_right_endpoints():
