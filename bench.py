@@ -24,9 +24,10 @@ from config import format_config, run_stage
 from decoding import QUANTIZATIONS
 from device import DTYPES, resolve_device, resolve_dtype
 from errors import UserError
+from run import open_dataset
 from shards import shards_path
 from systems import SYSTEMS, Decoding, write_random_shards
-from train import TrainConfig, open_dataset
+from train import TrainConfig, train_step
 from turns import Worker, alternate
 
 PARTS = ("train", "eval", "loader", "decode")
@@ -134,7 +135,7 @@ def start_workers(config: BenchConfig, folder: Path) -> Iterator[list[Worker]]:
     chosen = {"dataset": dataset, "dtype": str(dtype).removeprefix("torch."), "init_from": None}
     settings = dataclasses.replace(config, out_dir=str(folder / "run"), **chosen)
     common = settings, Decoding(config.decode_prompt, DTYPES[config.decode_dtype], quantize=config.quantize)
-    arguments: dict[str, tuple[Any, ...]] = {OURS: common}
+    arguments: dict[str, tuple[Any, ...]] = {OURS: (*common, train_step)}
     if config.peer is not None:
         arguments["nanoGPT"] = (*common, config.peer)
     if config.hf:

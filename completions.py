@@ -19,9 +19,9 @@ from checkpoint import load
 from decoding import prepare
 from device import DTYPES
 from errors import UserError
+from generate import Completion, generate
 from model import GPT
 from problems import Problem
-from sample import Completion, generate
 from sampling import Sampling
 from tokenizer import END_OF_TEXT, Special, Tokenizer
 

@@ -28,7 +28,8 @@ from judging import fate, judge, read_samples, self_test
 from pass_at_k import best_of, summarize, sweep_table, table
 from problems import Problem, load_problems, read_stops
 from sampling import Sampling
-from sandbox import Limits, Sandbox
+from sandbox import Sandbox
+from verdict import Limits
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from data.formats import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
 from decoding import prepare
 from device import DTYPES, resolve_device
 from errors import UserError
-from sample import generate
+from generate import generate
 from sampling import Sampling
 from tokenizer import END_OF_TEXT, Special, Tokenizer
 

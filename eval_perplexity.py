@@ -10,9 +10,8 @@ Pygments token, PolyCoder's measure (pip install pygments). scoring.py says how 
 """
 
 import glob
-import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,10 @@ import torch
 from checkpoint import latest_run, load, open_run
 from config import run_stage
 from data.documents import fraction, language_of
-from dataloader import Loader
-from device import autocast, resolve_device, resolve_dtype, warn_if_slow
+from device import resolve_device, resolve_dtype, warn_if_slow
 from errors import UserError
-from model import GPT, IGNORE
-from scoring import Scored, load_scorer, score_documents
-from shards import SPLITS, Shards, TokenStream, open_shards
-from tokenizer import Tokenizer
+from likelihood import Scored, evaluate_loss, load_scorer, score_documents
+from shards import SPLITS, Shards, open_shards
 
 
 @dataclass(frozen=True)
@@ -56,42 +52,6 @@ class EvalConfig:
             raise UserError("--files and --dataset name different texts; give one of them")
 
 
-@torch.no_grad()
-def evaluate_loss(
-    model: GPT,
-    stream: TokenStream,
-    tokenizer: Tokenizer,
-    *,
-    batch_size: int,
-    dtype: torch.dtype,
-    max_tokens: int | None = None,
-) -> dict[str, float]:
-    """Score `stream` in blocks of the model's context, each from its own beginning: loss in nats a token, perplexity,
-    bits per byte, and the tokens and bytes scored.
-
-    `max_tokens` scores that many at most (one block at least), in blocks picked by a fixed permutation, so that two
-    models with the same context are scored on the same text. End-of-text tokens count in the nats and hold no bytes.
-    """
-    device, context = model.wte.weight.device, model.config.block_size
-    loader = Loader(stream, context, batch_size, seed=0)
-    n_blocks = loader.n_blocks if max_tokens is None else max(1, min(loader.n_blocks, max_tokens // context))
-    bytes_per_id = torch.from_numpy(tokenizer.bytes_per_id())
-    nats, n_tokens, n_bytes = 0.0, 0, 0
-    training = model.training
-    model.eval()
-    for step in range(math.ceil(n_blocks / batch_size)):
-        inputs, targets = loader.batch(step)  # (B, T) each
-        targets[n_blocks - step * batch_size :] = IGNORE  # beyond the last block; the shape stays, for the compiler
-        with autocast(device, dtype):
-            loss = model(inputs.to(device), targets.to(device))
-        counted = targets[targets != IGNORE]
-        nats += loss.item() * len(counted)
-        n_tokens += len(counted)
-        n_bytes += int(bytes_per_id[counted].sum())
-    model.train(training)
-    return Scored(nats, n_tokens, n_bytes).figures()
-
-
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Score one or two models, print the table and return the figures: of one model, or by model, and by language."""
     device = resolve_device(config.device)
@@ -105,7 +65,11 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     for scorer in scorers:
         if stride > scorer.context:
             raise UserError(f"--stride={stride}: beyond the context of {scorer.name}, {scorer.context}; lower it")
-        documents = _documents(config, out_dir)
+        if config.files is not None:
+            n_bytes, documents = _files(config.files)
+        else:
+            n_bytes, documents = _of_shards(out_dir, config.checkpoint, config.dataset, config.split)
+        documents = _about(config.max_tokens, n_bytes, documents)
         score_documents(scorer, documents, stride, config.batch_size)
         if not scorer.totals:
             raise UserError(f"{config.files or 'the shards'}: no document to score; raise --max_tokens, or give others")
@@ -147,11 +111,10 @@ def _evaluate_blocks(config: EvalConfig, out_dir: str, device: torch.device, dty
     return figures
 
 
-def _documents(config: EvalConfig, out_dir: str) -> Iterator[tuple[str, str]]:
-    """Language and text of the documents to score; with `max_tokens` a fixed choice of them, of about four times as
-    many bytes."""
-    n_bytes, documents = _files(config.files) if config.files is not None else _of_shards(config, out_dir)
-    share = 1.0 if config.max_tokens is None else 4 * config.max_tokens / max(1, n_bytes)
+def _about(max_tokens: int | None, n_bytes: int, documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Language and text of the documents, which have `n_bytes` in all; with `max_tokens`, of a fixed choice of them
+    that has about four times as many bytes."""
+    share = 1.0 if max_tokens is None else 4 * max_tokens / max(1, n_bytes)
     return ((language, text) for language, text in documents if share >= 1 or fraction(text) < share)
 
 
@@ -175,13 +138,14 @@ def _files(patterns: str) -> tuple[int, Iterator[tuple[str, str]]]:
     return sum(path.stat().st_size for path in paths), read()
 
 
-def _of_shards(config: EvalConfig, out_dir: str) -> tuple[int, Iterator[tuple[str, str]]]:
-    """About how many bytes a split has, and language and text of each of its documents."""
-    tokenizer, payload = open_run(out_dir, config.checkpoint)
-    shards = open_shards(config.dataset or payload["config"]["dataset"])
+def _of_shards(out_dir: str, checkpoint: str, dataset: str | None, split: str) -> tuple[int, Iterator[tuple[str, str]]]:
+    """About how many bytes a split of `dataset`, or of the run's own shards, has, and language and text of each of its
+    documents."""
+    tokenizer, payload = open_run(out_dir, checkpoint)
+    shards = open_shards(dataset or payload["config"]["dataset"])
     _require_tokenizer(shards, payload, out_dir)
-    languages = sorted({entry.get("language") or "" for entry in shards.entries[config.split]})
-    streams = {language: shards.split(config.split, language or None) for language in languages}
+    languages = sorted({entry.get("language") or "" for entry in shards.entries[split]})
+    streams = {language: shards.split(split, language or None) for language in languages}
 
     def read() -> Iterator[tuple[str, str]]:
         for language, stream in streams.items():

@@ -1,6 +1,7 @@
 """A process that runs programs for the sandbox: it forks itself for each, watches it, and says what became of it.
 
-It is started as a script, with its settings as JSON, confines itself, and then reads a program a line. A fork takes two
+It is started as a script, never imported, so that what it imports has flat names: a package that held it would lead a
+program to it. It gets its settings as JSON, confines itself, and then reads a program a line. A fork takes two
 milliseconds where a new interpreter takes twenty, and the modules that programs import are there already.
 
 A program passes if its code and then the check ran to their ends. The child says so with a secret of 32 random bytes
@@ -27,54 +28,14 @@ import tempfile
 import time
 import types
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from confine import Confinement
+from verdict import COMMON, FAILED, GRACE_S, KILLED, OUT_OF_MEMORY, PASSED, TIMED_OUT, Limits, Result
 
-PASSED, FAILED, TIMED_OUT, OUT_OF_MEMORY, KILLED = OUTCOMES = (
-    *("passed", "failed", "timed out", "out of memory", "killed"),
-)
-# Imported before programs run, because they often import them. What a check names of these is put back before it runs.
-COMMON = (
-    *("bisect", "collections", "copy", "datetime", "functools", "heapq", "itertools", "math", "operator", "random"),
-    *("re", "string", "typing"),
-)
 REPORT_FD = 3
 FILENAME = "<program>"
-GRACE_S = 1.0  # after a program has passed, for what it printed
-
-
-@dataclass(frozen=True)
-class Limits:
-    timeout_s: float = 3.0  # wall-clock seconds for the whole program, its check included
-    memory_bytes: int = 4 * 2**30  # address space of each process
-    file_bytes: int = 64 * 2**20  # of a file and, in namespaces, of all files
-    processes: int = 64  # processes and threads at once
-    open_files: int = 64
-    output_bytes: int = 2**16  # kept of what it prints; the rest is read and forgotten
-
-
-@dataclass(frozen=True)
-class Result:
-    outcome: str  # one of OUTCOMES
-    error: str | None = None  # the exception's type, or the signal or status that ended it
-    line: int | None = None  # of program and check as one text, where the exception was raised
-    message: str = ""  # the exception's
-    output: str = ""  # stdout and stderr, together
-    seconds: float = 0.0  # of the clock
-    cpu_seconds: float = 0.0  # of the processor, of the program's first process
-
-    @property
-    def passed(self) -> bool:
-        return self.outcome == PASSED
-
-    @property
-    def detail(self) -> str:
-        """What was wrong, on one line: `line 7: IndexError: list index out of range`."""
-        where = f"line {self.line}: " if self.line else ""
-        text = " ".join((where + ": ".join(filter(None, (self.error, self.message)))).split())
-        return "".join(c if c.isprintable() else "?" for c in text)  # it may be written to a terminal
 
 
 def _serve(settings: dict[str, Any]) -> None:
@@ -316,9 +277,10 @@ def _steps(inbox: list[bytes], shelf: list["_Behind"]) -> list[Callable[[], obje
         *map(call, (sys.stdout.flush, sys.stderr.flush)),
         call(os._exit, 0),
     ]
-    # What is reachable by name as the judge is no more: its module, and the one that calls the kernel.
+    # What is reachable by name as the judge is no more: its module, and those that it imports.
     sys.modules["__main__"] = module
-    sys.modules.pop("confine").__dict__.clear()
+    for name in ("confine", "verdict"):
+        sys.modules.pop(name).__dict__.clear()
     globals().clear()
     return steps
 

@@ -7,10 +7,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from cheats import interpreter_tricks
 from data.rows import read_rows
 from errors import UserError
 from problems import Problem
-from sandbox import Result, Sandbox, interpreter_tricks
+from sandbox import Sandbox
+from verdict import Result
 
 
 def self_test(sandbox: Sandbox, problems: Sequence[Problem]) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from atomic import atomic_write
+from recipe import Recipe
+from run import Run
 
 
 class MetricsLog:
@@ -34,6 +36,16 @@ class MetricsLog:
             except Exception as error:  # a service must not stop a run
                 print(f"warning: wandb: {error}; going on without it", file=sys.stderr)
                 self.wandb_run = None
+
+
+def start_metrics(run: Run, settings: dict[str, Any], wandb_project: str | None) -> MetricsLog:
+    """The run's metrics.jsonl, and its run at Weights & Biases if a project there is named."""
+    out_dir, wandb_run = Path(run.config.out_dir), None
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if wandb_project is not None:
+        wandb_run = start_wandb(wandb_project, run.wandb_id, settings)
+        run.wandb_id = wandb_run.id if wandb_run is not None else run.wandb_id
+    return MetricsLog(out_dir / "metrics.jsonl", run.step, wandb_run)
 
 
 def start_wandb(project: str, run_id: str | None, config: dict[str, Any]) -> Any:
@@ -69,6 +81,18 @@ class Throughput:
         if self.peak_flops is None:
             return {"tokens_per_s": tokens_per_s}
         return {"tokens_per_s": tokens_per_s, "mfu": tokens_per_s * self.flops_per_token / self.peak_flops}
+
+
+def time_left(
+    recipe: Recipe, step: int, eval_interval: int, eval_tokens: int, tokens_per_s: float, world_size: int = 1
+) -> str:
+    """How long the steps after `step`, and the evaluations from there on, take if all processes together train on
+    `tokens_per_s`: a token evaluated takes a third of the time of one trained on, in one process alone."""
+    tokens = recipe.tokens_before(recipe.max_steps) - recipe.tokens_before(step)
+    evaluations = -(-recipe.max_steps // eval_interval) - (step - 1) // eval_interval
+    minutes = (tokens + evaluations * eval_tokens * world_size / 3) / tokens_per_s / 60
+    duration = f"{max(1, minutes):.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    return f"about {duration} to go: {tokens:,} tokens at {tokens_per_s:,.0f} tokens/s, evaluations: {evaluations}"
 
 
 def _step(line: str) -> float:

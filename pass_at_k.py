@@ -9,8 +9,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from forkserver import OUTCOMES
-from sandbox import interpreter_tricks
+from cheats import interpreter_tricks
+from verdict import OUTCOMES
 
 SYNTAX_ERRORS = ("SyntaxError", "IndentationError", "TabError")
 

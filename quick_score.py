@@ -10,8 +10,9 @@ from model import GPT
 from pass_at_k import SYNTAX_ERRORS
 from problems import Problem, load_problems
 from sampling import Sampling
-from sandbox import Result, Sandbox
+from sandbox import Sandbox
 from tokenizer import Tokenizer
+from verdict import Result
 
 
 class QuickScore:
@@ -59,3 +60,13 @@ class QuickScore:
         took_s = time.monotonic() - t0
         self.spent_s += took_s
         return results, took_s
+
+
+def describe_score(figures: dict[str, float] | None) -> str:
+    """What `QuickScore.score` returned, in words."""
+    if figures is None:
+        return f"not scored by running, it would take more than {QuickScore.MAX_SHARE:.0%} of the time"
+    return (
+        f"of {figures['humaneval_problems']} problems {figures['humaneval_pass@1']:.1%} solved, "
+        f"{figures['humaneval_compiles']:.1%} compile"
+    )

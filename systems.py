@@ -20,14 +20,14 @@ from atomic import write_json
 from dataloader import Loader
 from decoding import prepare
 from device import autocast, peak_flops, peak_memory_bytes, resolve_device, resolve_dtype
-from eval_perplexity import evaluate_loss
+from generate import generate_tokens
+from likelihood import evaluate_loss
 from model import GPT
 from recipe import learning_rate
-from sample import generate_tokens
+from run import RunConfig, compile_model, open_dataset, start_run
 from sampling import Sampling, choose_token
 from shards import write_shard
 from tokenizer import END_OF_TEXT, Tokenizer
-from train import TrainConfig, compile_model, open_dataset, start_run, train_step
 
 
 class Decoding(NamedTuple):
@@ -46,7 +46,7 @@ class Decoding(NamedTuple):
 class System:
     """What the systems have in common."""
 
-    def __init__(self, config: TrainConfig, decoding: Decoding):
+    def __init__(self, config: RunConfig, decoding: Decoding):
         self.config, self.decoding = config, decoding
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
@@ -71,8 +71,9 @@ class System:
 class Ours(System):
     """This project, through the functions that it trains, evaluates, loads and decodes with."""
 
-    def __init__(self, config: TrainConfig, decoding: Decoding):
+    def __init__(self, config: RunConfig, decoding: Decoding, train_step: Callable[..., Any]):
         super().__init__(config, decoding)
+        self.train_step = train_step
         shards = open_dataset(config)
         self.val = shards.split("val")
         sequences = config.tokens_per_step // config.block_size
@@ -108,7 +109,7 @@ class Ours(System):
 
         def work() -> None:
             for _ in range(steps):
-                train_step(self.run, self.batch, lr)
+                self.train_step(self.run, self.batch, lr)
 
         return steps * self.config.tokens_per_step / seconds(self.device, work)
 
@@ -178,7 +179,7 @@ class NanoGPT(System):
     """nanoGPT from a checkout: its model, optimizer and generate, and the step, the evaluation and the settings of its
     train.py. On a CPU that one would train in fp32; here it has the same dtype as ours."""
 
-    def __init__(self, config: TrainConfig, decoding: Decoding, peer: str):
+    def __init__(self, config: RunConfig, decoding: Decoding, peer: str):
         super().__init__(config, decoding)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as its scripts do
         module = import_file(Path(peer) / "model.py", "peer_model")
@@ -250,7 +251,7 @@ class NanoGPT(System):
 class HuggingFace(System):
     """The GPT-2 of transformers, decoding with its cache."""
 
-    def __init__(self, config: TrainConfig, decoding: Decoding):
+    def __init__(self, config: RunConfig, decoding: Decoding):
         super().__init__(config, decoding)
         from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import checkpoint
-from train import TrainConfig, open_dataset, start_run, train
+from run import open_dataset, start_run
+from train import TrainConfig, train
 
 ROOT = Path(__file__).parent.parent
 

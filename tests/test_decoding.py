@@ -8,8 +8,8 @@ import torch
 
 import decoding
 from decoding import Float16Linear, Int8Linear, PackedLinear, prepare
+from generate import generate_tokens
 from model import GPT, KVCache
-from sample import generate_tokens
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,9 @@ def test_steps_on_a_static_cache_are_compiled_once(modern, model, monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(model, "compiled_decode", torch.compile(model._decode, dynamic=False, backend=backend))
-    monkeypatch.setattr("sample.new_cache", lambda m, n: KVCache(m.config, n, torch.device("cpu"), torch.float32, True))
+    monkeypatch.setattr(
+        "generate.new_cache", lambda m, n: KVCache(m.config, n, torch.device("cpu"), torch.float32, True)
+    )
     decoded = greedy(model), greedy(model, n_tokens=50)
     monkeypatch.undo()
     assert torch.equal(decoded[0], greedy(model)) and torch.equal(decoded[1], decoded[0][:, :50])

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from batch_size import divide_among_ranks
 from checkpoint import read
 from config import load_config
 from distributed import seed_rank
-from train import TrainConfig, share_out, train
+from train import TrainConfig, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -71,7 +72,8 @@ from config import load_config
 from dataloader import Loader
 from distributed import rank_and_world, started
 from model import IGNORE
-from train import TrainConfig, open_dataset, start_run, train_step
+from run import open_dataset, start_run
+from train import TrainConfig, train_step
 config = load_config(TrainConfig, sys.argv[2:])
 rank, world_size = rank_and_world()
 with started(torch.device("cpu")):
@@ -150,13 +152,11 @@ def test_other_ranks_have_randomness_of_their_own_which_a_continued_run_repeats(
 
 
 @pytest.mark.parametrize(("world_size", "remedy"), [(3, "--tokens_per_step=192"), (16, "--tokens_per_step=512")])
-def test_a_step_that_does_not_divide_among_the_processes_is_refused(world_size, remedy, run_config, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+def test_a_step_that_does_not_divide_among_the_processes_is_refused(world_size, remedy, run_config):
     with pytest.raises(ValueError, match=f"{world_size} processes cannot share out .*{remedy}"):
-        share_out(run_config)
+        divide_among_ranks(run_config, run_config.batch_size, world_size)
 
 
-def test_a_share_smaller_than_a_micro_step_makes_a_smaller_one(run_config, monkeypatch):
-    assert share_out(run_config) == run_config
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert share_out(run_config).batch_size == 2
+def test_a_share_smaller_than_a_micro_step_makes_a_smaller_one(run_config):
+    assert [divide_among_ranks(run_config, 4, world_size) for world_size in (1, 4)] == [4, 2]
+    assert divide_among_ranks(run_config, None, 4) is None

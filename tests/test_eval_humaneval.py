@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import sample
 from checkpoint import load
 from config import load_config
 from eval_humaneval import EvalConfig, evaluate
@@ -69,7 +68,7 @@ def write_solutions(monkeypatch, run_folder):
             for place in range(longest):
                 yield torch.tensor([row[min(place, len(row) - 1)] for row in rows])
 
-        monkeypatch.setattr(sample, "generate_tokens", script)
+        monkeypatch.setattr("generate.generate_tokens", script)
         return prompts
 
     return install

@@ -8,7 +8,7 @@ from config import load_config
 from data.formats import SPECIALS
 from data.prepare import PrepareConfig, prepare
 from eval_infilling import InfillingConfig, evaluate, find_gaps, prompt_of
-from sample import Completion
+from generate import Completion
 from tokenizer import load_tokenizer
 from train import TrainConfig, train
 

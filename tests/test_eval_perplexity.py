@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from config import load_config
-from eval_perplexity import EvalConfig, evaluate, evaluate_loss
+from eval_perplexity import EvalConfig, evaluate
+from likelihood import evaluate_loss
 from model import GPT, GPTConfig
 from tokenizer import load_tokenizer
 from train import train

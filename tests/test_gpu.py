@@ -8,9 +8,10 @@ import torch
 
 from config import load_config
 from device import autocast
-from sample import generate_tokens
+from generate import generate_tokens
+from run import compile_model, open_dataset, start_run
 from systems import write_random_shards
-from train import TrainConfig, compile_model, open_dataset, start_run, train, train_step
+from train import TrainConfig, train, train_step
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(

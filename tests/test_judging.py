@@ -7,7 +7,8 @@ import pytest
 
 from judging import fate, judge, read_samples, self_test
 from problems import Problem, load_problems
-from sandbox import Limits, Sandbox
+from sandbox import Sandbox
+from verdict import Limits
 
 ADD = Problem("T/add", "def add(a, b):\n", "assert add(1, 2) == 3", "add", "    return a + b\n", ())
 LOOSE = ADD._replace(task_id="T/loose", check="add(1, 2)")

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import generate as generate_module
 import sample as sample_module
+from generate import generate, generate_tokens, window_start
 from model import GPT
-from sample import SampleConfig, generate, generate_tokens, sample, window_start
+from sample import SampleConfig, sample
 from sampling import Sampling, choose_token
 from tokenizer import Tokenizer, load_tokenizer
 from train import train
@@ -52,7 +54,7 @@ def test_end_of_text_and_stop_strings_end_a_sample(model, tokenizer, monkeypatch
 
     def write(steps, **options):
         pieces = []
-        monkeypatch.setattr(sample_module, "generate_tokens", script(steps))
+        monkeypatch.setattr(generate_module, "generate_tokens", script(steps))
         sampling = Sampling(len(steps))
         completion = generate(
             model, tokenizer, "x", sampling, on_text=lambda row, text: pieces.append(text), **options

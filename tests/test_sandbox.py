@@ -16,7 +16,9 @@ from typing import NamedTuple
 
 import pytest
 
-from sandbox import Limits, Sandbox, interpreter_tricks
+from cheats import interpreter_tricks
+from sandbox import Sandbox
+from verdict import Limits
 
 CHECK = "def check(candidate):\n    for i in range(5):\n        assert abs(candidate(i) - 2 * i) < 1\ncheck(double)"
 ON_LINUX = sys.platform.startswith("linux")

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from likelihood import Scored, Scorer, load_scorer, pygments_tokens, score_documents, windows
 from model import GPT, IGNORE, GPTConfig
-from scoring import Scored, Scorer, load_scorer, pygments_tokens, score_documents, windows
 from tokenizer import load_tokenizer
 
 TEXTS = ["def f(x):\n    return x + 1\n", "import os\n" * 30, "é = '🐍'\n", ""]

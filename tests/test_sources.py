@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from data.documents import Document, Input, Rejection, SourceConfig
+from data.folders import folder_files, local_files
 from data.rows import RowFile
-from data.sources import folder_files, local_files, open_source
+from data.sources import open_source
 
 LIMIT = 2**24
 

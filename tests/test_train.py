@@ -16,9 +16,11 @@ import muon
 from checkpoint import read
 from config import load_config
 from dataloader import Loader
+from metrics import time_left
 from model import GPT, IGNORE
 from recipe import learning_rate, make_optimizers
-from train import TrainConfig, expected_time, open_dataset, start_run, train, train_step
+from run import open_dataset, start_run
+from train import TrainConfig, train, train_step
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,7 +107,9 @@ def test_a_run_says_how_long_it_will_take_from_its_first_steps(run_config, capsy
     said = re.findall(r"^about 1 min to go: 768 tokens at .* tokens/s, evaluations: 2$", capsys.readouterr().out, re.M)
     assert len(said) == 1
     whole_day = dataclasses.replace(run_config, tokens_per_step=2**14, max_steps=5912, eval_tokens=2**20)
-    assert expected_time(whole_day, 1, 1000).startswith("about 141.8 h to go: 96,845,824 tokens at 1,000 tokens/s")
+    assert time_left(whole_day, 1, 5, 2**20, 1000).startswith(
+        "about 141.8 h to go: 96,845,824 tokens at 1,000 tokens/s"
+    )
 
 
 def test_a_reader_that_leaves_is_an_interruption_and_the_run_is_saved(run_arguments, tmp_path):
@@ -262,7 +266,7 @@ def test_a_run_does_not_go_on_with_a_dataset_prepared_anew(run_config, corpus, t
         ("--dtype=int8", "--dtype=int8: not one of float32, bfloat16, float16"),
         ("--init_from=nowhere", "nowhere: no such checkpoint"),
         ("--beta1=1.5", "beta1 is 1.5, beta2 0.999, momentum 0.95; each must be"),
-        ("--seed=-1", "checkpoint_minutes and seed must be 0 or more"),
+        ("--seed=-1", "seed is -1; it must be 0 or more"),
         ("--document_end=3", "document_end is 3, but documents of"),
         ("--learning_rate=1e30", "a weight is not finite|loss is nan|gradient norm nan"),
     ],

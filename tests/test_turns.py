@@ -21,7 +21,7 @@ def test_the_order_is_reversed_every_round_and_warming_up_does_not_count():
 
 def test_what_goes_wrong_in_a_worker_is_told_with_its_name():
     worker = Worker("codegpt", ())
-    with pytest.raises(RuntimeError, match=r"(?s)codegpt failed in train.*missing 2 required positional arguments"):
+    with pytest.raises(RuntimeError, match=r"(?s)codegpt failed in train.*missing 3 required positional arguments"):
         worker.ask("train", 1)
     worker.process.kill()
     with pytest.raises(ValueError, match="codegpt: its process ended with -9 in train"):

@@ -18,9 +18,12 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import load
+from dataloader import Loader
 from device import autocast
 from errors import UserError
-from model import IGNORE
+from model import GPT, IGNORE
+from shards import TokenStream
+from tokenizer import Tokenizer
 
 
 @dataclass
@@ -53,6 +56,42 @@ class Scored:
             figures["perplexity_per_pygments_token"] = math.exp(min(self.nats / self.pygments_tokens, 700.0))
             figures["pygments_tokens"] = self.pygments_tokens
         return figures
+
+
+@torch.no_grad()
+def evaluate_loss(
+    model: GPT,
+    stream: TokenStream,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    dtype: torch.dtype,
+    max_tokens: int | None = None,
+) -> dict[str, float]:
+    """Score `stream` in blocks of the model's context, each from its own beginning: loss in nats a token, perplexity,
+    bits per byte, and the tokens and bytes scored.
+
+    `max_tokens` scores that many at most (one block at least), in blocks picked by a fixed permutation, so that two
+    models with the same context are scored on the same text. End-of-text tokens count in the nats and hold no bytes.
+    """
+    device, context = model.wte.weight.device, model.config.block_size
+    loader = Loader(stream, context, batch_size, seed=0)
+    n_blocks = loader.n_blocks if max_tokens is None else max(1, min(loader.n_blocks, max_tokens // context))
+    bytes_per_id = torch.from_numpy(tokenizer.bytes_per_id())
+    nats, n_tokens, n_bytes = 0.0, 0, 0
+    training = model.training
+    model.eval()
+    for step in range(math.ceil(n_blocks / batch_size)):
+        inputs, targets = loader.batch(step)  # (B, T) each
+        targets[n_blocks - step * batch_size :] = IGNORE  # beyond the last block; the shape stays, for the compiler
+        with autocast(device, dtype):
+            loss = model(inputs.to(device), targets.to(device))
+        counted = targets[targets != IGNORE]
+        nats += loss.item() * len(counted)
+        n_tokens += len(counted)
+        n_bytes += int(bytes_per_id[counted].sum())
+    model.train(training)
+    return Scored(nats, n_tokens, n_bytes).figures()
 
 
 @dataclass
