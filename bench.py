@@ -19,16 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atomic import write_json
-from config import format_config, run_stage
-from decoding import QUANTIZATIONS
-from device import DTYPES, resolve_device, resolve_dtype
-from errors import UserError
-from run import open_dataset
-from shards import shards_path
-from systems import SYSTEMS, Decoding, write_random_shards
+from benchmark.round_robin import Worker, alternate
+from benchmark.systems import SYSTEMS, Decoding, write_random_shards
+from data.shards import shards_path
+from inference.optimize import QUANTIZATIONS
+from runtime.config import format_config, run_stage
+from runtime.device import DTYPES, resolve_device, resolve_dtype
+from runtime.errors import UserError
+from runtime.files import write_json
 from train import TrainConfig, train_step
-from turns import Worker, alternate
+from training.run import open_dataset
 
 PARTS = ("train", "eval", "loader", "decode")
 OURS = "codegpt"

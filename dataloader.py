@@ -7,8 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from errors import UserError
-from shards import TokenStream
+from data.shards import TokenStream
+from runtime.errors import UserError
 
 
 class Loader:

@@ -21,15 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atomic import write_json, write_json_lines
-from config import run_stage
-from errors import UserError
-from judging import fate, judge, read_samples, self_test
-from pass_at_k import best_of, summarize, sweep_table, table
-from problems import Problem, load_problems, read_stops
-from sampling import Sampling
-from sandbox import Sandbox
-from verdict import Limits
+from evaluation.judging import fate, judge, read_samples, self_test
+from evaluation.pass_at_k import best_of, summarize, sweep_table, table
+from evaluation.problems import Problem, load_problems, read_stops
+from inference.sampling import Sampling
+from runtime.config import run_stage
+from runtime.errors import UserError
+from runtime.files import write_json, write_json_lines
+from sandbox.pool import Sandbox
+from sandbox.verdict import Limits
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,9 @@ def choose_problems(
 
 
 def _judge_model(sandbox: Sandbox, config: EvalConfig, problems: list[Problem], label: str) -> dict[str, Any]:
-    from checkpoint import latest_run  # these need torch, which judging a file does not
-    from completions import load_model, write_samples
-    from device import resolve_device
+    from evaluation.completions import load_model, write_samples
+    from runtime.device import resolve_device
+    from weights.checkpoint import latest_run  # these need torch, which judging a file does not
 
     out_dir = config.out_dir or latest_run()
     device = resolve_device(config.device)

@@ -21,16 +21,16 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from atomic import write_json
-from checkpoint import latest_run, load
-from config import run_stage
-from data.formats import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
-from decoding import prepare
-from device import DTYPES, resolve_device
-from errors import UserError
-from generate import generate
-from sampling import Sampling
-from tokenizer import END_OF_TEXT, Special, Tokenizer
+from data.sequences import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
+from data.tokenizer import END_OF_TEXT, Special, Tokenizer
+from inference.generate import generate
+from inference.optimize import prepare
+from inference.sampling import Sampling
+from runtime.config import run_stage
+from runtime.device import DTYPES, resolve_device
+from runtime.errors import UserError
+from runtime.files import write_json
+from weights.checkpoint import latest_run, load
 
 
 @dataclass(frozen=True)

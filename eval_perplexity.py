@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from checkpoint import latest_run, load, open_run
-from config import run_stage
 from data.documents import fraction, language_of
-from device import resolve_device, resolve_dtype, warn_if_slow
-from errors import UserError
-from likelihood import Scored, evaluate_loss, load_scorer, score_documents
-from shards import SPLITS, Shards, open_shards
+from data.shards import SPLITS, Shards, open_shards
+from evaluation.likelihood import Scored, evaluate_loss, load_scorer, score_documents
+from runtime.config import run_stage
+from runtime.device import resolve_device, resolve_dtype, warn_if_slow
+from runtime.errors import UserError
+from weights.checkpoint import latest_run, load, open_run
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import causal_attention
-from device import bf16_is_native
-from errors import UserError
-from loss import IGNORE, PLAIN, linear_cross_entropy
+from ops.attention import causal_attention
+from ops.cross_entropy import IGNORE, PLAIN, linear_cross_entropy
+from runtime.device import bf16_is_native
+from runtime.errors import UserError
 
 
 @dataclass(frozen=True)

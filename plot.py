@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from atomic import atomic_write
-from config import run_stage
-from errors import UserError
+from runtime.config import run_stage
+from runtime.errors import UserError
+from runtime.files import atomic_write
 
 GREY = "#808080"  # readable on white and on black, as are matplotlib's own colours for lines
 SMOOTHING = 0.05  # of the training loss: the share of a run's reports that a point is the mean of

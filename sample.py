@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint import latest_run, load
-from config import run_stage
-from decoding import QUANTIZATIONS, prepare
-from device import DTYPES, resolve_device
-from errors import UserError
-from generate import Completion, generate
-from problems import FUNCTION_STOPS, read_stops
-from sampling import Sampling
-from sandbox import Sandbox
+from evaluation.problems import FUNCTION_STOPS, read_stops
+from inference.generate import Completion, generate
+from inference.optimize import QUANTIZATIONS, prepare
+from inference.sampling import Sampling
+from runtime.config import run_stage
+from runtime.device import DTYPES, resolve_device
+from runtime.errors import UserError
+from sandbox.pool import Sandbox
+from weights.checkpoint import latest_run, load
 
 # All examples of the prompt must be there still: a completion may define the function anew, without its docstring.
 DOCTESTS = """

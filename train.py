@@ -23,22 +23,32 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from batch_size import divide_among_ranks, fitting_batch_size, smaller_divisor
-from config import format_config, run_stage
+from data.shards import TokenStream
 from dataloader import Loader, Prefetcher
-from device import autocast, peak_flops, peak_memory_bytes, resolve_device
-from distributed import agree, average, highest, own_device, rank_0_first, rank_and_world, seed_rank, started
-from errors import UserError
-from generate import generate
-from interruption import Interruption
-from likelihood import evaluate_loss
-from metrics import MetricsLog, Throughput, start_metrics, time_left
+from evaluation.during_training import QuickScore, describe_score
+from evaluation.likelihood import evaluate_loss
+from inference.generate import generate
+from inference.sampling import Sampling
 from model import IGNORE
-from quick_score import QuickScore, describe_score
-from recipe import learning_rate
-from run import Run, RunConfig, compile_model, keep_best, open_dataset, rng_state, save_run, set_rng_state, start_run
-from sampling import Sampling
-from shards import TokenStream
+from runtime.config import format_config, run_stage
+from runtime.device import autocast, peak_flops, peak_memory_bytes, resolve_device
+from runtime.errors import UserError
+from runtime.interruption import Interruption
+from training.batch_size import divide_among_ranks, fitting_batch_size, smaller_divisor
+from training.distributed import agree, average, highest, own_device, rank_0_first, rank_and_world, seed_rank, started
+from training.metrics import MetricsLog, Throughput, start_metrics, time_left
+from training.recipe import learning_rate
+from training.run import (
+    Run,
+    RunConfig,
+    compile_model,
+    keep_best,
+    open_dataset,
+    rng_state,
+    save_run,
+    set_rng_state,
+    start_run,
+)
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""The data stage: from source code to token shards. `python -m data.prepare configs/data/local.py`."""
+"""From source code to token shards, and the shards."""

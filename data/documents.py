@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from errors import UserError
+from runtime.errors import UserError
 
 
 class Document(NamedTuple):

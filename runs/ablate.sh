@@ -31,7 +31,7 @@ if [ ! -d data/raw/packages ] || [ configs/data/packages.txt -nt data/raw/packag
     mv data/raw/packages.part data/raw/packages
     rm -r data/raw/wheels
 fi
-shards() { "$python" -m data.prepare "configs/data/$1.py" --name="$1_$2k" --tokenizer="train:$(($2 * 1024))"; }
+shards() { "$python" prepare.py "configs/data/$1.py" --name="$1_$2k" --tokenizer="train:$(($2 * 1024))"; }
 for size in 16 32; do shards packages $size; done
 for size in 8 16 32; do shards ablation $size; done
 

@@ -15,8 +15,8 @@ if [ -z "${PYTHON:-}" ] && [ -x .venv/bin/python ]; then python=.venv/bin/python
 mkdir -p "$out"
 
 data=(configs/data/local.py --package_bytes=None --val_fraction=0.02)
-"$python" -m data.prepare "${data[@]}" --name=gpu_plain --tokenizer="${PLAIN_TOKENIZER:-cl100k_base}"
-"$python" -m data.prepare "${data[@]}" --name=gpu_fast --tokenizer=train:16384
+"$python" prepare.py "${data[@]}" --name=gpu_plain --tokenizer="${PLAIN_TOKENIZER:-cl100k_base}"
+"$python" prepare.py "${data[@]}" --name=gpu_fast --tokenizer=train:16384
 
 # run NAME CONFIG SHARDS SHARE FLAGS…: train on that share of the shards' tokens, once through.
 run() {

@@ -6,6 +6,6 @@ cd "$(dirname "$0")/.."
 
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "${PYTHON:-python3}" -m venv .venv
 .venv/bin/python -m pip install --quiet -r requirements.txt -c constraints.txt
-.venv/bin/python -m data.prepare configs/data/local.py
+.venv/bin/python prepare.py configs/data/local.py
 .venv/bin/python train.py configs/tiny.py
 .venv/bin/python sample.py --out_dir=out/tiny --prompt="def __init__(self, name):"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench import BenchConfig, bench
-from config import load_config
+from runtime.config import load_config
 
 ROOT = Path(__file__).parent.parent
 TINY = (

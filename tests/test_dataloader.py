@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from data.shards import TokenStream
 from dataloader import Loader, Prefetcher, permute
-from shards import TokenStream
 
 
 def stream(n_tokens: int, n_shards: int = 3) -> TokenStream:

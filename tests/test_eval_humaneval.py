@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import load
-from config import load_config
+from data.tokenizer import END_OF_TEXT, Special
 from eval_humaneval import EvalConfig, evaluate
-from problems import load_problems
-from tokenizer import END_OF_TEXT, Special
+from evaluation.problems import load_problems
+from runtime.config import load_config
 from train import TrainConfig, train
+from weights.checkpoint import load
 
 ROOT = Path(__file__).parent.parent
 HUMANEVAL = os.environ.get("HUMANEVAL_FILE")
@@ -68,7 +68,7 @@ def write_solutions(monkeypatch, run_folder):
             for place in range(longest):
                 yield torch.tensor([row[min(place, len(row) - 1)] for row in rows])
 
-        monkeypatch.setattr("generate.generate_tokens", script)
+        monkeypatch.setattr("inference.generate.generate_tokens", script)
         return prompts
 
     return install

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import eval_infilling
-from config import load_config
-from data.formats import SPECIALS
-from data.prepare import PrepareConfig, prepare
+from data.sequences import SPECIALS
+from data.tokenizer import load_tokenizer
 from eval_infilling import InfillingConfig, evaluate, find_gaps, prompt_of
-from generate import Completion
-from tokenizer import load_tokenizer
+from inference.generate import Completion
+from prepare import PrepareConfig, prepare
+from runtime.config import load_config
 from train import TrainConfig, train
 
 SOURCE = '''"""A docstring

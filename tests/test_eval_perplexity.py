@@ -5,11 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from config import load_config
+from data.tokenizer import load_tokenizer
 from eval_perplexity import EvalConfig, evaluate
-from likelihood import evaluate_loss
+from evaluation.likelihood import evaluate_loss
 from model import GPT, GPTConfig
-from tokenizer import load_tokenizer
+from runtime.config import load_config
 from train import train
 
 

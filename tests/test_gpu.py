@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from config import load_config
-from device import autocast
-from generate import generate_tokens
-from run import compile_model, open_dataset, start_run
-from systems import write_random_shards
+from benchmark.systems import write_random_shards
+from inference.generate import generate_tokens
+from runtime.config import load_config
+from runtime.device import autocast
 from train import TrainConfig, train, train_step
+from training.run import compile_model, open_dataset, start_run
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from config import load_config
 from model import GPT, IGNORE, Context, GPTConfig, KVCache
+from runtime.config import load_config
 from train import TrainConfig
 
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=128)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import (
+from small_corpus import (
     arguments,
     digests,
     python_documents,
@@ -18,10 +18,11 @@ from conftest import (
     write_json_gz,
 )
 
-from config import load_config
-from data.prepare import PrepareConfig, prepare
-from data.refine import split_of
-from shards import SPLITS
+from data.pipeline import assemble_shards, work_units
+from data.pipeline.steps import split_of
+from data.shards import SPLITS
+from prepare import PrepareConfig, prepare
+from runtime.config import load_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,7 +39,7 @@ def test_decoded_shards_equal_the_documents_in_order_with_end_of_text_between(sh
 
 
 def test_killed_anywhere_and_run_again_gives_the_same_bytes(corpus, shards, tmp_path):
-    command = [sys.executable, "-m", "data.prepare", *arguments(corpus, tmp_path / "stdlib")]
+    command = [sys.executable, "prepare.py", *arguments(corpus, tmp_path / "stdlib")]
     chance, kills = random.Random(0), 0
     while kills < 4 and not (tmp_path / "stdlib").exists():
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -46,7 +47,9 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(corpus, shards, tmp_
             time.sleep(0.01)
         time.sleep(chance.uniform(0.0, 0.2) + (0.3 if kills else 0.0))  # it starts in about 0.3 s
         process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
+        code = process.wait()
+        assert code in (0, -signal.SIGKILL)
+        kills += code != 0
     assert kills
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert digests(tmp_path / "stdlib") == digests(shards.path)
@@ -55,8 +58,7 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(corpus, shards, tmp_
 
 @pytest.mark.parametrize("moment", ["unit", "shard", "meta.json", "rename", "cleaning up"])
 def test_stopped_at_a_given_moment_it_loses_nothing_that_was_done(moment, corpus, shards, tmp_path, monkeypatch):
-    from data import prepare as prepare_module
-    from data import publish, units
+    import prepare as prepare_module
 
     def die_before(module, name, condition):
         function = getattr(module, name)
@@ -72,9 +74,9 @@ def test_stopped_at_a_given_moment_it_loses_nothing_that_was_done(moment, corpus
     work = tmp_path / "stdlib.partial"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         if moment == "unit":
-            die_before(units, "_write", lambda _, name, *__: name == "00001_00001")
+            die_before(work_units, "_write", lambda _, name, *__: name == "00001_00001")
         elif moment == "shard":
-            die_before(publish, "write_shard", lambda path, *_: path.name == "train_00001.npy")
+            die_before(assemble_shards, "write_shard", lambda path, *_: path.name == "train_00001.npy")
         elif moment == "meta.json":
             die_before(prepare_module, "write_json", lambda path, _: path.stem == "meta")
         elif moment == "rename":
@@ -93,7 +95,7 @@ def test_stopped_at_a_given_moment_it_loses_nothing_that_was_done(moment, corpus
 
 
 def test_two_preparations_of_one_name_wait_for_each_other(corpus, shards, tmp_path):
-    command = [sys.executable, "-m", "data.prepare", *arguments(corpus, tmp_path / "stdlib")]
+    command = [sys.executable, "prepare.py", *arguments(corpus, tmp_path / "stdlib")]
     both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
     outputs = [process.communicate()[0].decode() for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
@@ -110,7 +112,7 @@ def test_a_mistake_mended_is_not_held_against_the_user(corpus, tmp_path, run_pro
 
 
 def test_a_source_that_changed_under_a_killed_run_is_noticed(corpus, tmp_path, monkeypatch):
-    from data import prepare as module
+    import prepare as module
 
     def die(*arguments):
         raise KeyboardInterrupt

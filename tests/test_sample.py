@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import generate as generate_module
 import sample as sample_module
-from generate import generate, generate_tokens, window_start
+from data.tokenizer import Tokenizer, load_tokenizer
+from inference import generate as generate_module
+from inference.generate import generate, generate_tokens, window_start
+from inference.sampling import Sampling, choose_token
 from model import GPT
 from sample import SampleConfig, sample
-from sampling import Sampling, choose_token
-from tokenizer import Tokenizer, load_tokenizer
 from train import train
 
 

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import muon
-from checkpoint import read
-from config import load_config
 from dataloader import Loader
-from metrics import time_left
 from model import GPT, IGNORE
-from recipe import learning_rate, make_optimizers
-from run import open_dataset, start_run
+from runtime.config import load_config
 from train import TrainConfig, train, train_step
+from training import muon
+from training.metrics import time_left
+from training.recipe import learning_rate, make_optimizers
+from training.run import open_dataset, start_run
+from weights.checkpoint import read
 
 ROOT = Path(__file__).parent.parent
 
@@ -94,9 +94,9 @@ def test_a_run_keeps_the_arithmetic_it_began_in_unless_that_is_slow_here(run_con
         muons.append(dtype)
         return orthogonalize(matrices, dtype)
 
-    monkeypatch.setattr("muon.orthogonalize", watched)
+    monkeypatch.setattr("training.muon.orthogonalize", watched)
     for max_steps, bf16_time, expected in ((2, 0.5, "bfloat16"), (3, 0.95, "bfloat16"), (4, 9.0, "float32")):
-        monkeypatch.setattr("device._relative_time", lambda dtype, rows, width, times=bf16_time: times)
+        monkeypatch.setattr("runtime.device._relative_time", lambda dtype, rows, width, times=bf16_time: times)
         train(dataclasses.replace(config, max_steps=max_steps))
         assert read(tmp_path / "run" / "last.pt")["dtype"] == expected
         assert muons[-1] == getattr(torch, expected)
@@ -243,9 +243,9 @@ def test_a_run_does_not_go_on_with_other_shapes_or_data(change, message, run_arg
 
 
 def test_a_run_does_not_go_on_with_a_dataset_prepared_anew(run_config, corpus, tmp_path):
-    from conftest import SHARD_SETTINGS
+    from small_corpus import SHARD_SETTINGS
 
-    from data.prepare import PrepareConfig, prepare
+    from prepare import PrepareConfig, prepare
 
     train(run_config)
     arguments = [f"--name={tmp_path / 'other'}", f"--source=files:{corpus}/*.gz", *SHARD_SETTINGS, "--seed=3"]

@@ -1,0 +1,1 @@
+"""Functions of documents: which stay, and as what."""

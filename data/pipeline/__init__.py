@@ -1,0 +1,1 @@
+"""The data stage, step by step."""

@@ -1,0 +1,158 @@
+"""How a document becomes a sequence: plain, with StarCoder's metadata, for filling in the middle, from a notebook.
+
+A sequence is a list of pieces: a Special stands for a special token, any other string is ordinary text. What is drawn
+by chance depends on the seed and the document alone. `restore` is the way back.
+
+Sources: StarCoder (specials, metadata, notebooks, commits); Bavarian et al., "Efficient training of language models to
+fill in the middle", 2022 (PSM and SPM, cut by characters).
+"""
+
+import json
+import random
+import re
+from dataclasses import dataclass
+
+from data.documents import Document, Rejection
+from data.tokenizer import Special
+from runtime.errors import UserError
+
+NOTEBOOK = "Jupyter Notebook"
+FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX, FIM_PAD = (
+    Special(f"<{name}>") for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad")
+)
+FILENAME, STARS, REPO = Special("<filename>"), Special("<gh_stars>"), Special("<reponame>")
+# StarCoder's, in its order; end-of-text, the first, every tokenizer here has already.
+SPECIALS = (
+    *(FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX, FIM_PAD, FILENAME, STARS),
+    *map(Special, ("<issue_start>", "<issue_comment>", "<issue_closed>")),
+    *map(Special, ("<jupyter_start>", "<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<empty_output>")),
+    *map(Special, ("<commit_before>", "<commit_msg>", "<commit_after>")),
+    REPO,
+)
+ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+MAX_OUTPUT = 2000  # characters kept of a cell's output
+
+
+@dataclass(frozen=True)
+class FormatConfig:
+    metadata_rate: float = 0.0  # chance of each of repository, file name and stars before a training document
+    fim_rate: float = 0.0  # share of the training documents cut and reordered for filling in the middle
+    spm_rate: float = 0.5  # share of those in the order suffix, prefix, middle; the rest prefix, suffix, middle
+    notebooks: bool = False  # .ipynb files as their text, code and output; False takes them as JSON
+
+    def __post_init__(self) -> None:
+        for name in ("metadata_rate", "fim_rate", "spm_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be in 0 .. 1")
+
+
+def sequence(document: Document, config: FormatConfig, seed: int) -> list[str]:
+    """The pieces of a training document. A notebook's and a commit's parts keep their order."""
+    if document.parts or not (config.metadata_rate or config.fim_rate):
+        return plain(document)
+    chance = random.Random(f"{seed}\0{document.repo}\0{document.path}\0{document.text}")
+    pieces = _metadata(document, config.metadata_rate, chance)
+    code = ["\n", document.text] if pieces else [document.text]
+    if chance.random() < config.fim_rate:
+        code = code[:-1] + fill_in_the_middle(document.text, chance, spm=chance.random() < config.spm_rate)
+    return _joined(pieces + code)
+
+
+def plain(document: Document) -> list[str]:
+    """The pieces of a validation document: its text as it is, a notebook's or commit's parts with their markers."""
+    if not document.parts:
+        return [document.text]
+    return _joined([piece for marker, text in document.parts for piece in (Special(marker), text) if piece])
+
+
+def fill_in_the_middle(text: str, chance: random.Random, spm: bool) -> list[str]:
+    """Cut at two uniform places into prefix, middle and suffix, and put the middle last. In SPM the prefix comes right
+    before it, without a border of their own."""
+    start, end = sorted((chance.randint(0, len(text)), chance.randint(0, len(text))))
+    prefix, middle, suffix = text[:start], text[start:end], text[end:]
+    if spm:
+        return [FIM_PREFIX, FIM_SUFFIX, suffix, FIM_MIDDLE, prefix + middle]
+    return [FIM_PREFIX, prefix, FIM_SUFFIX, suffix, FIM_MIDDLE, middle]
+
+
+def restore(pieces: list[str]) -> str:
+    """The text that `sequence` was given, from its pieces: without metadata, the middle put back."""
+    texts: dict[str, str] = {}
+    marker = ""
+    for piece in pieces:
+        if isinstance(piece, Special):
+            marker = piece
+            texts[marker] = ""
+        else:
+            texts[marker] = texts.get(marker, "") + piece
+    if FIM_MIDDLE in texts:
+        return texts[FIM_PREFIX] + texts[FIM_MIDDLE] + texts[FIM_SUFFIX]
+    return texts[marker].partition("\n")[2] if marker in (REPO, FILENAME, STARS) else texts[marker]
+
+
+def notebook(document: Document) -> Document | Rejection:
+    """A notebook's JSON as parts: each cell's text, or its code and output. `text` becomes the cells' sources."""
+    where = f"{document.repo}: {document.path}"
+    parts: list[tuple[str, str]] = []
+    sources = []
+    try:
+        for cell in json.loads(document.text)["cells"]:
+            source = _text(cell["source"])
+            if not source.strip():
+                continue
+            sources.append(source)
+            if cell["cell_type"] == "code":
+                output = ANSI.sub("", "".join(map(_output, cell["outputs"])))[:MAX_OUTPUT]
+                parts.append(("<jupyter_code>", source))
+                parts.append(("<jupyter_output>", output) if output.strip() else ("<empty_output>", ""))
+            else:
+                parts.append(("<jupyter_text>", source))
+        text = "\n".join(sources)
+        "".join(part for _, part in parts).encode()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return Rejection("malformed notebook", where)
+    if not parts:
+        return Rejection("empty", where)
+    return document._replace(text=text, parts=(("<jupyter_start>", ""), *parts), language=NOTEBOOK)
+
+
+def _metadata(document: Document, rate: float, chance: random.Random) -> list[str]:
+    fields = ((REPO, document.repo), (FILENAME, document.path), (STARS, _bucket(document.stars)))
+    draws = [chance.random() < rate for _ in fields]  # all three, whatever is known: the rest does not shift
+    drawn = [field for field, draw in zip(fields, draws, strict=True) if draw and field[1]]
+    return [piece for marker, value in drawn for piece in (marker, " ".join(value.split("\n")))]
+
+
+def _bucket(stars: int | None) -> str:
+    if stars is None:
+        return ""
+    if stars <= 0:
+        return "0"
+    for low, high in ((1, 10), (10, 100), (100, 1000)):
+        if stars <= high:
+            return f"{low}-{high}"
+    return "1000+"
+
+
+def _joined(pieces: list[str]) -> list[str]:
+    """Neighbouring texts as one piece, and no empty ones, so that text is tokenized across what is no border."""
+    joined: list[str] = []
+    for piece in pieces:
+        if joined and not isinstance(piece, Special) and not isinstance(joined[-1], Special):
+            joined[-1] = joined[-1] + piece
+        elif piece:
+            joined.append(piece)
+    return joined
+
+
+def _text(source: str | list[str]) -> str:
+    return source if isinstance(source, str) else "".join(source)
+
+
+def _output(output: dict) -> str:
+    """What a reader of the notebook would read; pictures are left out."""
+    if output["output_type"] == "stream":
+        return _text(output["text"])
+    if output["output_type"] == "error":
+        return f"{output['ename']}: {output['evalue']}"
+    return _text(output["data"].get("text/plain", ""))

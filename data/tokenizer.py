@@ -1,0 +1,182 @@
+"""Byte-pair tokenizers: a class over tiktoken.Encoding, its file, and training one on a corpus.
+
+    tokenizer = load_tokenizer("cl100k_base")            # or "gpt2", or the path of a tokenizer.json
+    tokenizer = train_tokenizer(texts, vocab_size=4096)  # rustbpe learns the merges, tiktoken encodes with them
+
+The file is JSON: name, split pattern, specials with their ids, and the tokens in order of rank, each byte written as
+the character of that number. The same tokenizer always makes the same file, so its sha256 identifies it.
+"""
+
+import codecs
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from runtime.errors import UserError
+from runtime.files import atomic_write
+
+END_OF_TEXT = "<|endoftext|>"
+NAMED = ("cl100k_base", "gpt2")
+
+
+class Special(str):
+    """A special token, by its name, among pieces of a document; any other string there is ordinary text."""
+
+    __slots__ = ()
+
+
+class Tokenizer:
+    """Text to ids and back. Text is always ordinary text: a special's name in it is spelled out, never its id."""
+
+    def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], specials: dict[str, int]):
+        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+        self.name, self.pattern, self.specials = name, pattern, specials
+        self.tokens = sorted(ranks, key=ranks.__getitem__)  # bytes of each ordinary id, in order of id
+        self.end_of_text = specials[END_OF_TEXT]
+        self.vocab_size = self.encoding.n_vocab  # the largest id + 1
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text` as ordinary text. A lone surrogate, which has no UTF-8 form, becomes U+FFFD."""
+        return self.encoding.encode_ordinary(text)
+
+    def encode_pieces(self, pieces: Iterable[str]) -> list[int]:
+        """The ids of Specials and texts, one after the other. Raises UserError on a special that it does not have."""
+        missing = [piece for piece in pieces if isinstance(piece, Special) and piece not in self.specials]
+        if missing:
+            raise UserError(f"tokenizer {self.name}: has no {missing[0]}; use a model trained with --fim_rate")
+        return [int(token) for piece in pieces for token in self._encode_piece(piece)]
+
+    def with_specials(self, names: Iterable[str]) -> "Tokenizer":
+        """This tokenizer with further special tokens, their ids after all others; those it has stay as they are."""
+        new = [str(name) for name in names if name not in self.specials]
+        if not new:
+            return self
+        specials = self.specials | {name: self.vocab_size + place for place, name in enumerate(new)}
+        ranks = {token: rank for rank, token in enumerate(self.tokens)}
+        return Tokenizer(self.name, self.pattern, ranks, specials)
+
+    def encode_documents(
+        self, documents: Sequence[Sequence[str]], pool: ThreadPoolExecutor | None = None
+    ) -> list[np.ndarray | None]:
+        """The ids of each document, then end-of-text, as arrays of uint32. A document is a sequence of pieces: Specials
+        and texts. None for one on which tiktoken's regular expressions give up (a run of a million spaces). The encoder
+        releases the interpreter's lock, so the threads of `pool`, if given, work side by side."""
+        return list((pool.map if pool else map)(self._encode_document, documents))
+
+    def _encode_document(self, pieces: Sequence[str]) -> np.ndarray | None:
+        try:
+            ids = [self._encode_piece(piece) for piece in pieces]
+        except ValueError:
+            return None
+        return np.concatenate([*ids, np.array([self.end_of_text], dtype=np.uint32)])
+
+    def _encode_piece(self, piece: str) -> np.ndarray:
+        if isinstance(piece, Special):
+            return np.array([self.specials[piece]], dtype=np.uint32)
+        return self.encoding.encode_to_numpy(piece, disallowed_special=())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        return self.encoding.decode(ids)
+
+    def undefined_ids(self) -> list[int]:
+        """Ids below vocab_size that stand for nothing (cl100k_base has 16 such)."""
+        return sorted(set(range(self.vocab_size)) - set(range(len(self.tokens))) - set(self.specials.values()))
+
+    def bytes_per_id(self) -> np.ndarray:
+        """(vocab_size,) int64: how many bytes of text each id stands for; 0 for specials."""
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        counts[: len(self.tokens)] = [len(token) for token in self.tokens]
+        return counts
+
+    def to_json(self) -> str:
+        """The tokenizer's file as text, one token a line."""
+        return self._json
+
+    @cached_property
+    def _json(self) -> str:
+        head = {"name": self.name, "pattern": self.pattern, "specials": self.specials}
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
+        tokens = ",\n".join(json.dumps(token.decode("latin-1")) for token in self.tokens)
+        return "{\n" + "\n".join(lines) + '\n"tokens": [\n' + tokens + "\n]\n}\n"
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> "Tokenizer":
+        """The tokenizer whose file holds `text`. Raises UserError, naming `where`, if it is not one."""
+        try:
+            data = json.loads(text)
+            ranks = {token.encode("latin-1"): rank for rank, token in enumerate(data["tokens"])}
+            if len(ranks) < len(data["tokens"]) or END_OF_TEXT not in data["specials"]:
+                raise KeyError
+            return cls(data["name"], data["pattern"], ranks, data["specials"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{where}: not a tokenizer file; make one with prepare.py --tokenizer=train:N") from None
+
+    def save(self, path: Path) -> None:
+        """Write the tokenizer's file, whole or not at all."""
+        with atomic_write(path) as file:
+            file.write(self.to_json())
+
+
+class StreamDecoder:
+    """Decodes ids one at a time, holding back the bytes of a character that is not yet complete."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.encoding = tokenizer.encoding
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        return self.utf8.decode(self.encoding.decode_single_token_bytes(token))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for an incomplete character."""
+        return self.utf8.decode(b"", final=True)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer called `name`: one of NAMED, or the path of a tokenizer file. Raises UserError."""
+    if name not in NAMED:
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"tokenizer {name}: no such file; use a tokenizer.json or one of {', '.join(NAMED)}")
+        return Tokenizer.from_json(path.read_bytes().decode("utf-8", "replace"), name)
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except Exception as error:  # tiktoken lets through whatever its HTTP client raises
+        raise UserError(
+            f"tokenizer {name}: could not be downloaded ({type(error).__name__}); connect once, or copy tiktoken's "
+            "cache here and set TIKTOKEN_CACHE_DIR to it, or train your own with --tokenizer=train:4096"
+        ) from None
+    return Tokenizer(name, encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learn a byte-level BPE of `vocab_size` ids, end-of-text included, with GPT-4's split pattern.
+
+    A corpus too small for that many gives fewer, and a warning says how many.
+    """
+    import rustbpe  # only training needs it
+
+    if not 257 <= vocab_size <= 2**20:
+        raise UserError(f"a tokenizer of {vocab_size} ids: it takes 256 bytes and end-of-text, 257, to 2**20")
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter(texts), vocab_size - 1)
+    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    if len(ranks) + 1 < vocab_size:
+        print(
+            f"warning: the corpus gave {len(ranks) + 1} ids, not the {vocab_size} asked for; "
+            "train on more text or ask for fewer",
+            file=sys.stderr,
+        )
+    return Tokenizer(f"bpe-{len(ranks) + 1}", trainer.get_pattern(), ranks, {END_OF_TEXT: len(ranks)})

@@ -1,0 +1,72 @@
+"""Problems tried while a model is in training, in a small share of the time."""
+
+import statistics
+import time
+from collections.abc import Sequence
+
+from data.tokenizer import Tokenizer
+from evaluation.completions import complete
+from evaluation.judging import run_all, self_test
+from evaluation.pass_at_k import SYNTAX_ERRORS
+from evaluation.problems import Problem, load_problems
+from inference.sampling import Sampling
+from model import GPT
+from sandbox.pool import Sandbox
+from sandbox.verdict import Result
+
+
+class QuickScore:
+    """Scores of a model in training: pass@1 of greedy completions of a few problems, and how many of them compile.
+
+    All of it takes at most MAX_SHARE of the time since this was made: what would take more is put off. A context
+    manager.
+    """
+
+    MAX_SHARE = 0.02
+
+    def __init__(self, name: str, n_problems: int, max_new_tokens: int = 96):
+        self.problems = load_problems(name)[:n_problems]
+        self.sampling = Sampling(max_new_tokens, temperature=0.0)
+        self.sandbox = Sandbox(1)
+        self_test(self.sandbox, self.problems)
+        self.began, self.spent_s = time.monotonic(), 0.0
+        self.cost_s: float | None = None  # of the last scoring; at first, what one problem lets expect
+
+    def __enter__(self) -> "QuickScore":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.sandbox.close()
+
+    def score(self, model: GPT, tokenizer: Tokenizer) -> dict[str, float] | None:
+        """humaneval_pass@1, humaneval_compiles and the number of problems; None if it is too early."""
+        if self.cost_s is None:
+            self.cost_s = len(self.problems) * self._run(model, tokenizer, self.problems[:1])[1]
+        if self.spent_s + self.cost_s > self.MAX_SHARE * (time.monotonic() - self.began):
+            return None
+        results, self.cost_s = self._run(model, tokenizer, self.problems)
+        compiled = [result.error not in SYNTAX_ERRORS for result in results]
+        return {
+            "humaneval_pass@1": statistics.fmean(result.passed for result in results),
+            "humaneval_compiles": statistics.fmean(compiled),
+            "humaneval_problems": len(results),
+        }
+
+    def _run(self, model: GPT, tokenizer: Tokenizer, problems: Sequence[Problem]) -> tuple[list[Result], float]:
+        """What became of the completions, and the seconds it took."""
+        t0 = time.monotonic()
+        jobs = [(problem, complete(model, tokenizer, problem, self.sampling)[0].text) for problem in problems]
+        results = run_all(self.sandbox, jobs)
+        took_s = time.monotonic() - t0
+        self.spent_s += took_s
+        return results, took_s
+
+
+def describe_score(figures: dict[str, float] | None) -> str:
+    """What `QuickScore.score` returned, in words."""
+    if figures is None:
+        return f"not scored by running, it would take more than {QuickScore.MAX_SHARE:.0%} of the time"
+    return (
+        f"of {figures['humaneval_problems']} problems {figures['humaneval_pass@1']:.1%} solved, "
+        f"{figures['humaneval_compiles']:.1%} compile"
+    )

@@ -1,0 +1,90 @@
+"""Figures of judged samples: pass@k with standard errors, counts of what became of them, and tables of these.
+
+Source: Chen et al., "Evaluating Large Language Models Trained on Code", 2021, which gives the unbiased estimator.
+"""
+
+import math
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from evaluation.cheats import interpreter_tricks
+from sandbox.verdict import OUTCOMES
+
+SYNTAX_ERRORS = ("SyntaxError", "IndentationError", "TabError")
+
+
+def summarize(
+    samples: Sequence[dict[str, str]], results: Sequence[dict[str, Any]], ks: Sequence[int]
+) -> dict[str, Any]:
+    """pass@k with its standard error over the problems, None where a problem has fewer than k samples; counts."""
+    passed: dict[str, list[bool]] = defaultdict(list)
+    for result in results:
+        passed[result["task_id"]].append(result["passed"])
+    fewest = min(map(len, passed.values()))
+    scores = {k: [pass_at_k(len(p), sum(p), k) for p in passed.values()] if k <= fewest else None for k in ks}
+    errors = Counter(result["error"] for result in results if result["outcome"] == "failed")
+    return {
+        "n_problems": len(passed),
+        "n_samples": len(results),
+        "fewest_samples": fewest,
+        "pass@k": {str(k): statistics.fmean(values) if values else None for k, values in scores.items()},
+        "standard_error": {
+            str(k): statistics.stdev(values) / math.sqrt(len(values)) if values and len(values) > 1 else None
+            for k, values in scores.items()
+        },
+        "outcomes": {outcome: sum(r["outcome"] == outcome for r in results) for outcome in OUTCOMES},
+        "errors": dict(errors.most_common()),
+        "syntax_error_rate": sum(errors[name] for name in SYNTAX_ERRORS) / len(results),
+        "passed_with_tricks": sum(r["passed"] and bool(r["detail"]) for r in results),
+        "eq_classes": sum("__eq__" in interpreter_tricks(sample["completion"]) for sample in samples),
+        "cut_at_a_stop": sum(sample.get("finish") == "stop" for sample in samples),
+    }
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The chance that one of k samples drawn from n, of which c pass, passes: 1 - C(n - c, k) / C(n, k)."""
+    return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1)) if n - c >= k else 1.0
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The figures for a terminal."""
+    lines = [f"{summary['problems']}: {summary['n_problems']} problems, {summary['n_samples']} samples"]
+    for k, value in summary["pass@k"].items():
+        error = summary["standard_error"][k]
+        lines.append(
+            f"  pass@{k:<5} skipped: it takes {k} samples a problem, there are {summary['fewest_samples']}"
+            if value is None
+            else f"  pass@{k:<5} {value:7.2%}" + (f" ± {error:.2%}" if error is not None else "")
+        )
+    outcomes = ", ".join(f"{outcome} {count:,}" for outcome, count in summary["outcomes"].items())
+    errors = ", ".join(f"{error} {count:,}" for error, count in list(summary["errors"].items())[:6])
+    lines += [f"  {outcomes}", f"  failed by: {errors or 'none'}"]
+    lines.append(
+        f"  syntax errors {summary['syntax_error_rate']:.1%}; with an __eq__ of their own {summary['eq_classes']:,}; "
+        f"passed, but look at them: {summary['passed_with_tricks']:,}"
+    )
+    return "\n".join([*lines, "  seconds: " + ", ".join(f"{w} {s:.1f}" for w, s in summary["seconds"].items())])
+
+
+def best_of(summaries: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """The temperature with the highest pass@k, for each k; None if it was skipped."""
+    best: dict[str, float | None] = {}
+    for k in summaries[0]["pass@k"]:
+        scored = [s for s in summaries if s["pass@k"][k] is not None]
+        best[k] = max(scored, key=lambda s: s["pass@k"][k])["temperature"] if scored else None
+    return best
+
+
+def sweep_table(sweep: dict[str, Any]) -> str:
+    """Temperatures by ks, the best of each k with a star."""
+    ks = list(sweep["best"])
+    lines = ["temperature  " + "  ".join(f"{'pass@' + k:>9}" for k in ks)]
+    for summary in sweep["sweep"]:
+        cells = []
+        for k in ks:
+            value, star = summary["pass@k"][k], "*" if sweep["best"][k] == summary["temperature"] else " "
+            cells.append(f"{'skipped':>9}" if value is None else f"{value:8.2%}{star}")
+        lines.append(f"{summary['temperature']:11g}  " + "  ".join(cells))
+    return "\n".join(lines)

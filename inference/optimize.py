@@ -1,0 +1,188 @@
+"""A model made ready for decoding, where a token costs the reading of every weight: packed, or in fewer bytes.
+
+On a CPU weights are packed once into the blocks in which oneDNN's products read them, which nn.Linear does at every
+call. `quantize` stores them in fewer bytes, which makes decoding of one to four rows faster:
+
+    float16   half of fp32's bytes, products in fp32 (FBGEMM's, x86 only); logits are within 0.1%
+    int8      a quarter, each output row with a scale of its own (Dettmers et al., "LLM.int8()", 2022); products in bf16
+
+How much that gains depends on the processor, so `prepare` measures, and says so if it is slower than fp32. docs/log.md
+has figures. On a GPU the step of one token is compiled, to be a CUDA graph: written,
+and never run.
+"""
+
+import sys
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import GPT, KVCache
+from runtime.device import relative_time
+from runtime.errors import UserError
+
+MEASURED_WEIGHTS = 2**24  # of the head, at most, with which layers are timed: more than a CPU's cache holds
+
+
+class PackedLinear(nn.Module):
+    """x weight^T + bias, of a weight (N, K) in the layout of a CPU's products for `batch_size` rows."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, batch_size: int):
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, batch_size)
+        self.bias = bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+class PlainLinear(nn.Module):
+    """x weight^T + bias, of a weight (N, K) as it is: where nothing better is to be had."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, batch_size: int):
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Float16Linear(nn.Module):
+    """x weight^T + bias, of a weight (N, K) rounded to fp16, which is widened again in the product's registers."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, batch_size: int):
+        super().__init__()
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed).to(x.dtype)
+
+
+class Int8Linear(nn.Module):
+    """x weight^T + bias, of a weight (N, K) rounded to int8."""
+
+    MOST_ROWS = 4  # of activations for which torch's int8 product is the faster
+    STRIDE = 32  # columns that it reads at once: of a width that is no multiple, it reads past the end
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, batch_size: int):
+        super().__init__()
+        on_cpu = weight.device.type == "cpu"
+        # torch's int8 product is a loop of single numbers in fp32 on a CPU without AVX-512, and fast in bf16 on all.
+        self.few_dtype = torch.bfloat16 if on_cpu else weight.dtype
+        emulated = on_cpu and weight.dtype != torch.float32 and relative_time(weight.dtype) > 1
+        self.many_dtype = torch.float32 if emulated else weight.dtype
+        self.most_rows = self.MOST_ROWS if on_cpu and weight.size(1) % self.STRIDE == 0 else 0
+        scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-7) * (1 + 2**-8)  # so that bf16 rounds none too small
+        self.scale = scale.to(self.few_dtype)  # (N)
+        steps = weight.float() / self.scale.float()[:, None]
+        self.weight, self.bias = steps.round().clamp(-127, 127).to(torch.int8), bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.size(-1))
+        if len(rows) <= self.most_rows:
+            y = torch._weight_int8pack_mm(rows.to(self.few_dtype), self.weight, self.scale)
+        else:
+            y = F.linear(rows.to(self.many_dtype), self.weight.to(self.many_dtype)) * self.scale.to(self.many_dtype)
+        y = y if self.bias is None else y + self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+QUANTIZATIONS: dict[str, type[nn.Module]] = {"float16": Float16Linear, "int8": Int8Linear}
+
+
+@torch.no_grad()
+def prepare(model: GPT, batch_size: int = 1, quantize: str | None = None) -> None:
+    """Put weights as decoding reads them in the place of the linear layers' and the head's, for about `batch_size` rows
+    at once; the embedding stays as it was. `quantize` is None or one of QUANTIZATIONS. The model is for decoding alone
+    then.
+
+    Raises UserError for a quantization that this machine does not have.
+    """
+    head = model.head_weight.detach()
+    layer = _choose_layer(head, batch_size, quantize)
+    if head.device.type == "cpu":
+        _warn_if_slower(layer, head, batch_size, quantize)
+    if layer is not PlainLinear:
+        model.head = layer(head, None, batch_size)
+        for parent in list(model.h.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear):
+                    bias = None if child.bias is None else child.bias.detach()
+                    setattr(parent, name, layer(child.weight.detach(), bias, batch_size))
+    if head.device.type == "cuda":
+        compile_step(model, batch_size)
+
+
+def _choose_layer(head: torch.Tensor, batch_size: int, quantize: str | None) -> type[nn.Module]:
+    """The kind of layer that this torch, on this machine, has for weights like `head`."""
+    if quantize is None:
+        packs = head.device.type == "cpu" and _runs(PackedLinear, head, batch_size)
+        return PackedLinear if packs else PlainLinear
+    if quantize == "float16" and head.device.type != "cpu":
+        raise UserError("--quantize=float16: for CPUs; on this device use --dtype=float16")
+    layer = QUANTIZATIONS[quantize]
+    if not _runs(layer, head, batch_size):
+        raise UserError(
+            f"--quantize={quantize}: this torch, {torch.__version__}, has no such products for this processor; leave "
+            "it out"
+        )
+    return layer
+
+
+def _runs(layer: type[nn.Module], weight: torch.Tensor, batch_size: int) -> bool:
+    try:
+        made = layer(weight[:32], None, batch_size)
+        for rows in (1, batch_size):
+            made(weight.new_zeros(rows, weight.size(1)))
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, RuntimeError):  # another build or processor
+        return False
+    return True
+
+
+def _warn_if_slower(layer: type[nn.Module], head: torch.Tensor, batch_size: int, quantize: str | None) -> None:
+    """Say by how much decoding `batch_size` rows is slower here than in fp32, if it is: measured on the head, or a part
+    of it, in turn."""
+    if head.dtype == torch.float32 and quantize is None:
+        return
+    weight = head[: max(1, MEASURED_WEIGHTS // head.size(1))]
+    fp32 = weight.float()
+    kinds = {"fp32": (_choose_layer(fp32, batch_size, None), fp32), "this": (layer, weight)}
+    layers = {name: kind(tensor, None, batch_size) for name, (kind, tensor) in kinds.items()}
+    inputs = {name: tensor.new_ones(batch_size, tensor.size(1)) for name, (_, tensor) in kinds.items()}
+    best_s = {name: min(_seconds_of(made, inputs[name]) for _ in range(2)) for name, made in layers.items()}
+    for _ in range(5):
+        for name, made in layers.items():
+            best_s[name] = min(best_s[name], _seconds_of(made, inputs[name]))
+    times = best_s["this"] / best_s["fp32"]
+    if times > 1.1:
+        flag = f"--quantize={quantize}" if quantize else f"--dtype={str(head.dtype).removeprefix('torch.')}"
+        remedy = ", or decode at most 4 at once" if quantize == "int8" and batch_size > 4 else ""
+        print(
+            f"warning: {flag}: decoding {batch_size} at once, this processor takes {times:.1f} times as long as in "
+            f"float32; leave it out{remedy}",
+            file=sys.stderr,
+        )
+
+
+def _seconds_of(layer: nn.Module, x: torch.Tensor) -> float:
+    t0 = time.perf_counter()
+    layer(x)
+    return time.perf_counter() - t0
+
+
+def compile_step(model: GPT, batch_size: int) -> None:
+    """Compile the step of one token, trying it on `batch_size` rows; where that fails, warn and leave it as it was."""
+    model.compile_decoding()
+    weight = model.wte.weight
+    cache = KVCache(model.config, batch_size, weight.device, weight.dtype, static=True)
+    try:
+        model.decode(torch.zeros((batch_size, 1), dtype=torch.int64, device=weight.device), cache)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no compiler, an unsupported platform: the compiler raises anything
+        model.compiled_decode = None
+        reason = str(error).strip().split("\n")[0]
+        print(f"warning: torch.compile failed ({reason}); decoding without it, slower", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""What every program needs: settings, files, devices, signals."""

@@ -1,0 +1,177 @@
+"""Settings of a stage: one frozen dataclass, set by plain-Python files and --key=value arguments.
+
+    python train.py configs/70m.py --batch_size=8    # applied from left to right over the defaults
+    python train.py --help                           # every field, its default and its meaning
+
+A config file is plain assignments, run in a namespace of its own; names with a leading `_` are its scratch.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import io
+import os
+import sys
+import tokenize
+import traceback
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from runtime.errors import UserError
+
+Config = TypeVar("Config")
+
+
+def load_config(cls: type[Config], argv: Sequence[str] | None = None) -> Config:
+    """Build `cls`, a dataclass of scalars, from config files and arguments, applied from left to right.
+
+    `argv` defaults to the command line. An argument is `FILE.py`, `--key=value`, `--key value` or, for a bool,
+    `--key`. `--help` prints the fields and exits. Raises UserError naming the file or flag at fault.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    values: dict[str, Any] = {}
+    while arguments:
+        argument = arguments.pop(0)
+        if argument in ("-h", "--help"):
+            print(help_text(cls))
+            raise SystemExit(0)
+        if argument.startswith("--"):
+            key, value = _read_flag(cls, argument, arguments)
+            values[key] = value
+        else:
+            values.update(_read_file(cls, argument))
+    return cls(**values)
+
+
+def run_stage(entry: Callable[[Config], Any], cls: type[Config]) -> None:
+    """Run `entry(load_config(cls))` as a program: a UserError, and an OSError (a full disk, a file that may not be
+    read), end as one line on stderr and exit code 2. Any other exception is a bug and keeps its traceback.
+    """
+    if None in (sys.stdout, sys.stderr):  # closed by the shell, as in `python train.py 2>&-`
+        nowhere = open(os.devnull, "w")  # noqa: SIM115 (open as long as the program runs)
+        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a character that the terminal lacks must not end a run
+    try:
+        entry(load_config(cls))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader has left: `python sample.py | head`
+        sys.stderr.close()
+        sys.exit(141)
+    except (UserError, OSError) as error:
+        print("error: " + " ".join(str(error).split("\n")), file=sys.stderr)
+        sys.exit(2)
+
+
+def format_config(config: Any) -> str:
+    """The resolved settings as one line, `key=value` in the order of the fields."""
+    return " ".join(f"{key}={value!r}" for key, value in dataclasses.asdict(config).items())
+
+
+def help_text(cls: type) -> str:
+    """Usage, then each field of `cls` with its type, default and trailing comment."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # known if it runs as `python -m`
+    program = f"python -m {spec.name}" if spec is not None else f"python {sys.argv[0]}"
+    comments = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            comments.update(_field_comments(base))
+    lines = [f"usage: {program} [CONFIG.py ...] [--key=value ...]", ""]
+    for field in dataclasses.fields(cls):
+        default = "" if field.default is dataclasses.MISSING else f" = {field.default!r}"
+        lines.append(f"  --{field.name}: {_type_name(_hints(cls)[field.name])}{default}")
+        lines.append(f"        {comments.get(field.name, '')}")
+    return "\n".join(lines)
+
+
+def _field_comments(cls: type) -> dict[str, str]:
+    source = inspect.cleandoc("\n" + inspect.getsource(cls))
+    comments = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT]
+    return {t.line.split(":")[0].strip(): t.string.lstrip("# ") for t in comments if ":" in t.line.split("#")[0]}
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _types(hint: Any) -> tuple[type, ...]:
+    """The alternatives of a hint: `int | None` gives (int, NoneType)."""
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _type_name(hint: Any) -> str:
+    return " | ".join("None" if t is type(None) else t.__name__ for t in _types(hint))
+
+
+def _known_key(cls: type, key: str, where: str) -> None:
+    names = [field.name for field in dataclasses.fields(cls)]
+    if key not in names:
+        nearest = difflib.get_close_matches(key.replace("-", "_"), names, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}?" if nearest else "--help lists the known ones"
+        scratch = "" if where.startswith("--") else " (a file's own names begin with _)"
+        raise UserError(f"{where}: unknown key {key!r}; {hint}{scratch}")
+
+
+def _read_flag(cls: type, argument: str, following: list[str]) -> tuple[str, Any]:
+    """Key and value of `--key=value`, `--key value` (taken off `following`) or a bare `--key` of a bool."""
+    key, equals, text = argument[2:].partition("=")
+    _known_key(cls, key, f"--{key}")
+    hint = _hints(cls)[key]
+    if not equals:
+        if bool in _types(hint):
+            text = following.pop(0) if following and following[0].lower() in ("true", "false") else "True"
+        elif following and not following[0].startswith("--"):
+            text = following.pop(0)
+        else:
+            raise UserError(f"--{key}: no value given; write --{key}=VALUE ({_type_name(hint)})")
+    return key, _from_text(text, hint, f"--{key}={text}")
+
+
+def _from_text(text: str, hint: Any, where: str) -> Any:
+    kinds = _types(hint)
+    if text == "None" and type(None) in kinds:
+        return None
+    if str in kinds:
+        return text
+    try:
+        value = ast.literal_eval(text.capitalize() if text.lower() in ("true", "false") else text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # what literal_eval may raise
+        value = text
+    return _checked(value, hint, where)
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    """`value` if it is of a type of `hint`; an int becomes a float where one is wanted."""
+    kinds = _types(hint)
+    if type(value) is int and float in kinds and int not in kinds and abs(value) < 1e300:
+        return float(value)
+    if type(value) not in kinds:
+        raise UserError(f"{where}: wants {_type_name(hint)}, got {type(value).__name__} {value!r}")
+    return value
+
+
+def _read_file(cls: type, path: str) -> dict[str, Any]:
+    file = Path(path)
+    if not file.is_file():
+        nearest = difflib.get_close_matches(path, [str(p) for p in Path("configs").rglob("*.py")], n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}?" if nearest else "settings are given as --key=value"
+        raise UserError(f"{path}: no such config file; {hint}")
+    namespace: dict[str, Any] = {"__file__": path}
+    try:
+        exec(compile(file.read_text(encoding="utf-8-sig"), path, "exec"), namespace)
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = getattr(error, "lineno", None) or (lines or ["?"])[-1]
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}; mend the config file") from None
+    values = {key: value for key, value in namespace.items() if not key.startswith("_")}
+    for key, value in values.items():
+        _known_key(cls, key, path)
+        values[key] = _checked(value, _hints(cls)[key], f"{path}: {key}")
+    return values

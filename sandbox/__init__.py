@@ -1,0 +1,1 @@
+"""Untrusted programs, held and judged."""

@@ -1,0 +1,45 @@
+import math
+
+import pytest
+
+from evaluation.pass_at_k import best_of, pass_at_k, summarize, sweep_table, table
+
+
+def test_pass_at_k_is_the_combinatorial_formula():
+    for n in (1, 2, 7, 20, 200):
+        for c in {0, 1, n // 3, n - 1, n}:
+            for k in {1, 2, min(10, n), n}:
+                if k <= n:
+                    assert pass_at_k(n, c, k) == pytest.approx(1 - math.comb(n - c, k) / math.comb(n, k), abs=1e-12)
+
+
+def samples_and_results(n_right: list[int], n: int, error: str = "AssertionError") -> tuple[list, list]:
+    results = [
+        {"task_id": f"T/{task}", "passed": i < right, "outcome": "passed" if i < right else "failed", "detail": ""}
+        for task, right in enumerate(n_right)
+        for i in range(n)
+    ]
+    results = [{**r, "error": None if r["passed"] else error} for r in results]
+    return [{"task_id": r["task_id"], "completion": ""} for r in results], results
+
+
+def test_a_summary_averages_problems_and_skips_what_there_are_too_few_samples_for():
+    samples, results = samples_and_results([0, 2, 4], 4, error="SyntaxError")
+    summary = summarize(samples, results, [1, 2, 10])
+    assert summary["pass@k"] == {"1": pytest.approx(0.5), "2": pytest.approx((0 + 5 / 6 + 1) / 3), "10": None}
+    assert summary["standard_error"]["1"] == pytest.approx(0.5 / math.sqrt(3))
+    assert summary["outcomes"]["passed"] == 6 and summary["syntax_error_rate"] == 0.5
+    text = table({**summary, "problems": "mine", "seconds": {"judging": 1.0}})
+    assert "pass@10    skipped: it takes 10 samples a problem, there are 4" in text
+
+
+def test_a_sweep_marks_the_best_of_each_k():
+    summaries = []
+    for temperature, right in ((0.2, [4, 0]), (0.8, [1, 1])):
+        summary = summarize(*samples_and_results(right, 4), [1, 4, 9])
+        summaries.append({**summary, "temperature": temperature})
+    best = best_of(summaries)
+    assert best == {"1": 0.2, "4": 0.8, "9": None}
+    rows = sweep_table({"best": best, "sweep": summaries}).splitlines()
+    assert rows[1].split() == ["0.2", "50.00%*", "50.00%", "skipped"]
+    assert rows[2].split() == ["0.8", "25.00%", "100.00%*", "skipped"]

@@ -1,0 +1,145 @@
+import copy
+import dataclasses
+import re
+import time
+
+import pytest
+import torch
+
+from inference.generate import generate_tokens
+from inference.optimize import QUANTIZATIONS, Float16Linear, Int8Linear, PackedLinear, prepare
+from model import GPT, KVCache
+
+
+@pytest.fixture(scope="module")
+def model(lively_model) -> GPT:
+    return lively_model
+
+
+def greedy(model: GPT, n_tokens: int = 100, n_samples: int = 1) -> torch.Tensor:
+    steps = generate_tokens(model, torch.arange(10)[None], lambda logits: logits.argmax(-1), n_samples)
+    return torch.stack([next(steps) for _ in range(n_tokens)], dim=1)
+
+
+@pytest.mark.parametrize("n_samples", [1, 3])
+def test_packed_weights_leave_greedy_decoding_in_fp32_unchanged(model, n_samples):
+    packed = copy.deepcopy(model)
+    prepare(packed, n_samples)
+    assert isinstance(packed.head, PackedLinear)
+    decoded = greedy(packed, n_samples=n_samples)
+    assert torch.equal(decoded, greedy(model, n_samples=n_samples)) and len(decoded.unique()) > 10
+
+
+def test_int8_weights_are_within_half_a_step_of_their_row(model):
+    rounded = copy.deepcopy(model)
+    prepare(rounded, quantize="int8")
+    assert isinstance(rounded.head, Int8Linear) and rounded.head.weight.dtype == torch.int8
+    scale = rounded.head.scale.float()[:, None]
+    error = rounded.head.weight * scale - model.wte.weight
+    assert (error.abs() <= 0.501 * scale).all()
+    assert (scale < 1.01 * model.wte.weight.abs().amax(1, keepdim=True) / 127).all()
+    x = torch.randn(2, 20, 64)
+    # torch's int8 product with bf16's seven bits of mantissa, and the one of many rows
+    for rows, tolerance in ((x[:, :1], 2**-7), (x, 2**-20 if rounded.head.many_dtype == torch.float32 else 2**-7)):
+        exact = rows @ (model.wte.weight + error).T
+        assert (rounded.head(rows) - exact).norm() < tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("width", [100, 65, 96, 8])
+def test_int8_products_read_no_further_than_the_weights(width):
+    """torch's own takes 16 or 32 columns at a time, and of other widths whatever lies behind them."""
+    torch.manual_seed(0)
+    weight = torch.randn(33, width)
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = Int8Linear(weight.to(dtype), torch.ones(33, dtype=dtype), 1)
+        for rows in range(1, 7):
+            x = torch.randn(rows, width).to(dtype)
+            exact = x.float() @ (layer.weight * layer.scale.float()[:, None]).T + 1
+            y = layer(x)
+            assert y.dtype == dtype and (y - exact).norm() < 2**-6 * exact.norm()
+
+
+def test_fp16_weights_decode_as_fp32_does(model):
+    rounded = copy.deepcopy(model)
+    try:
+        prepare(rounded, 3, "float16")
+    except ValueError as error:
+        pytest.skip(str(error))  # FBGEMM is for x86
+    assert isinstance(rounded.head, Float16Linear)
+    for x in torch.randn(1, 64), torch.randn(2, 3, 64):
+        exact = x @ model.wte.weight.T
+        assert (rounded.head(x) - exact).norm() < 2**-11 * exact.norm()
+    assert isinstance(rounded.h[0].mlp.c_fc, Float16Linear)
+    x = torch.randn(4, 64)
+    assert torch.allclose(rounded.h[0].mlp.c_fc(x), model.h[0].mlp.c_fc(x), atol=1e-2)
+
+
+def test_products_that_this_torch_lacks_are_refused_by_name_and_a_slow_one_says_so(model, monkeypatch, capsys):
+    class Missing(Int8Linear):
+        def forward(self, x):
+            raise NotImplementedError
+
+    class Slow(Int8Linear):
+        def forward(self, x):
+            time.sleep(0.01)
+            return super().forward(x)
+
+    monkeypatch.setitem(QUANTIZATIONS, "int8", Missing)
+    with pytest.raises(ValueError, match=r"--quantize=int8: this torch, .* has no such products"):
+        prepare(copy.deepcopy(model), quantize="int8")
+    monkeypatch.setitem(QUANTIZATIONS, "int8", Slow)
+    prepare(copy.deepcopy(model), 8, "int8")
+    assert re.search(
+        r"--quantize=int8: decoding 8 at once, this processor takes \d+\.\d times as long as in float32; leave it out, "
+        "or decode at most 4 at once",
+        capsys.readouterr().err,
+    )
+
+
+def test_a_static_cache_gives_the_same_logits(model):
+    tokens = torch.randint(0, 640, (3, 40))
+    logits = []
+    with torch.no_grad():
+        for static in (False, True):
+            cache = KVCache(model.config, 3, tokens.device, torch.float32, static)
+            steps = [model.decode(tokens[:, :10], cache)]
+            steps += [model.decode(tokens[:, place, None], cache) for place in range(10, 30)]
+            cache = cache.take(torch.tensor([2, 0]))
+            steps += [model.decode(tokens[[2, 0], place, None], cache) for place in range(30, 40)]
+            logits.append(steps)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*logits, strict=True))
+
+
+def test_rows_that_are_left_go_on_as_they_would_have_beside_the_others(model):
+    prompts = torch.randint(0, 640, (4, 10))
+    together = generate_tokens(model, prompts, lambda logits: logits.argmax(-1))
+    apart = generate_tokens(model, prompts, lambda logits: logits.argmax(-1))
+    rows = torch.tensor([1, 3])
+    assert torch.equal(next(together), next(apart))
+    assert torch.equal(next(together)[rows], apart.send(rows))
+    for _ in range(80):  # past the context too
+        assert torch.equal(next(together)[rows], next(apart))
+
+
+@pytest.mark.parametrize("modern", [False, True])
+def test_steps_on_a_static_cache_are_compiled_once(modern, model, monkeypatch):
+    """However long the text is; and a second text on a cache of the same shape is not compiled again."""
+    if modern:
+        parts = {"rope_theta": 100.0, "rms_norm": True, "qk_norm": True, "swiglu": True, "n_kv_head": 1}
+        model = GPT(dataclasses.replace(model.config, **parts)).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(model, "compiled_decode", torch.compile(model._decode, dynamic=False, backend=backend))
+    monkeypatch.setattr(
+        "inference.generate.new_cache", lambda m, n: KVCache(m.config, n, torch.device("cpu"), torch.float32, True)
+    )
+    decoded = greedy(model), greedy(model, n_tokens=50)
+    monkeypatch.undo()
+    assert torch.equal(decoded[0], greedy(model)) and torch.equal(decoded[1], decoded[0][:, :50])
+    assert 1 <= len(compiled) <= 2

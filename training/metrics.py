@@ -1,0 +1,102 @@
+"""What a run reports: metrics.jsonl, one JSON object an event, and Weights & Biases when asked for."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from runtime.files import atomic_write
+from training.recipe import Recipe
+from training.run import Run
+
+
+class MetricsLog:
+    """Appends events, each with its `step`, to a file of JSON lines.
+
+    Events after step `resume_step`, which a continued run will report again, and a last line cut short by a kill are
+    taken out first: the file holds each event once, however often the run was interrupted.
+    """
+
+    def __init__(self, path: Path, resume_step: int, wandb_run: Any = None):
+        self.path, self.wandb_run = path, wandb_run
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        with atomic_write(path) as file:
+            file.writelines(line + "\n" for line in lines if _step(line) <= resume_step)
+
+    def write(self, event: dict[str, Any]) -> None:
+        infinite = [key for key, value in event.items() if isinstance(value, float) and not math.isfinite(value)]
+        event = {**event, **dict.fromkeys(infinite)}  # JSON has no infinity; a gradient that overflowed becomes null
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+        if self.wandb_run is not None:
+            try:
+                self.wandb_run.log(event, step=event["step"])
+            except Exception as error:  # a service must not stop a run
+                print(f"warning: wandb: {error}; going on without it", file=sys.stderr)
+                self.wandb_run = None
+
+
+def start_metrics(run: Run, settings: dict[str, Any], wandb_project: str | None) -> MetricsLog:
+    """The run's metrics.jsonl, and its run at Weights & Biases if a project there is named."""
+    out_dir, wandb_run = Path(run.config.out_dir), None
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if wandb_project is not None:
+        wandb_run = start_wandb(wandb_project, run.wandb_id, settings)
+        run.wandb_id = wandb_run.id if wandb_run is not None else run.wandb_id
+    return MetricsLog(out_dir / "metrics.jsonl", run.step, wandb_run)
+
+
+def start_wandb(project: str, run_id: str | None, config: dict[str, Any]) -> Any:
+    """A wandb run, the one called `run_id` if it is given; None, with a warning, if wandb is missing or unreachable."""
+    try:
+        import wandb
+
+        settings = wandb.Settings(login_timeout=30)
+        return wandb.init(project=project, id=run_id, resume="allow", config=config, settings=settings)
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        print(f"warning: wandb: {reason}; going on without it (pip install wandb; wandb login)", file=sys.stderr)
+        return None
+
+
+class Throughput:
+    """A stopwatch for training alone: entered for each step, read at each report."""
+
+    def __init__(self, flops_per_token: int, peak_flops: float | None):
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.tokens, self.seconds, self.t0 = 0, 0.0, 0.0
+
+    def __enter__(self) -> None:
+        self.t0 = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        self.seconds += time.perf_counter() - self.t0
+
+    def read(self) -> dict[str, float]:
+        """tokens_per_s since the last reading, and mfu, the share of the device's peak, where that is known."""
+        tokens_per_s = self.tokens / self.seconds
+        self.tokens, self.seconds = 0, 0.0
+        if self.peak_flops is None:
+            return {"tokens_per_s": tokens_per_s}
+        return {"tokens_per_s": tokens_per_s, "mfu": tokens_per_s * self.flops_per_token / self.peak_flops}
+
+
+def time_left(
+    recipe: Recipe, step: int, eval_interval: int, eval_tokens: int, tokens_per_s: float, world_size: int = 1
+) -> str:
+    """How long the steps after `step`, and the evaluations from there on, take if all processes together train on
+    `tokens_per_s`: a token evaluated takes a third of the time of one trained on, in one process alone."""
+    tokens = recipe.tokens_before(recipe.max_steps) - recipe.tokens_before(step)
+    evaluations = -(-recipe.max_steps // eval_interval) - (step - 1) // eval_interval
+    minutes = (tokens + evaluations * eval_tokens * world_size / 3) / tokens_per_s / 60
+    duration = f"{max(1, minutes):.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    return f"about {duration} to go: {tokens:,} tokens at {tokens_per_s:,.0f} tokens/s, evaluations: {evaluations}"
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,145 @@
+"""Checkpoints: written whole or not at all, verified, and read without executing anything in them.
+
+A checkpoint is a torch file of tensors and primitives, with the model's sizes and the tokenizer's file in it, so that
+it is all one needs to sample. A run's folder holds up to three (run.py).
+"""
+
+import errno
+import os
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.tokenizer import Tokenizer
+from model import GPT, GPTConfig
+from runtime.errors import UserError
+from runtime.files import atomic_write
+
+FORMAT = "codegpt checkpoint 2"
+
+
+def save(path: Path, payload: dict[str, Any], keep: Path | None = None) -> None:
+    """Write `payload` to `path`, whole or not at all; a file already there is first renamed to `keep`, if given.
+    Raises OSError when the disk refuses, and `path` is then as it was."""
+    try:
+        with atomic_write(path, "wb", keep) as file:
+            torch.save({"format": FORMAT, **payload}, file)
+    except (OSError, RuntimeError) as error:  # torch's writer raises its own error while the disk's is on its way up
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else str(error).split("\n")[0]
+        raise OSError(
+            f"{path}: could not be saved ({reason}); the checkpoint before it is intact: "
+            "free disk space and run the same command again"
+        ) from None
+
+
+def read(path: Path, mmap: bool = False, verify: bool = True) -> dict[str, Any]:
+    """The payload at `path`, tensors on the CPU. Raises UserError if it is damaged or not a checkpoint.
+
+    Its checksums are compared first: torch writes one per tensor but, reading, does not look at them. With `mmap` the
+    tensors are read from the file when used; whoever uses none of them need not `verify` them, and reads kilobytes.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if verify or name.endswith("/data.pkl"):  # which holds all but the tensors
+                    _read_to_the_end(archive, name)
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such checkpoint; train one with python train.py, or name another --out_dir"
+        ) from None
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as error:  # a zip, pickle or decoding error: whatever a damaged file leads torch's reader to
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the disk's fault, not the file's
+            raise
+        raise UserError(f"{path}: damaged, or not a checkpoint; name another") from None
+    made_by = str(payload.get("format")) if isinstance(payload, dict) else ""
+    if made_by != FORMAT and made_by.startswith(FORMAT[:-1]):
+        raise UserError(f"{path}: written by another version ({made_by}, not {FORMAT}); train anew with --out_dir")
+    if made_by != FORMAT:
+        raise UserError(f"{path}: a torch file, but not a checkpoint of this project; name another --out_dir")
+    return payload
+
+
+def _read_to_the_end(archive: zipfile.ZipFile, name: str) -> None:
+    """Raise zipfile.BadZipFile if a file in `archive` does not have its checksum."""
+    with archive.open(name) as file:
+        while file.read(2**20):
+            pass
+
+
+def read_newest(
+    out_dir: Path, mmap: bool = False, verify: bool = True, set_aside: bool = False
+) -> dict[str, Any] | None:
+    """The payload of a run's newest readable checkpoint; None if it has none yet. Raises UserError if all
+    are damaged.
+
+    A damaged one is passed over with a warning, and with `set_aside` renamed, so that it never becomes `previous.pt`.
+    """
+    damaged = {}
+    for path in (out_dir / "last.pt", out_dir / "previous.pt"):
+        try:
+            payload = read(path, mmap, verify)
+        except UserError as error:
+            if path.exists():
+                damaged[path] = error
+            continue
+        for bad, error in damaged.items():
+            print(f"warning: {error}; continuing from {path}", file=sys.stderr)
+            if set_aside:
+                os.replace(bad, bad.with_suffix(".damaged"))
+        return payload
+    if damaged:
+        first = next(iter(damaged.values()))
+        raise UserError(f"{first}; none in {out_dir} can be read; to start anew choose another --out_dir")
+    return None
+
+
+def latest_run() -> str:
+    """The folder under out/ with the newest checkpoint. Raises UserError if there is none."""
+    checkpoints = [path for name in ("last.pt", "previous.pt") for path in Path("out").glob(f"*/{name}")]
+    if not checkpoints:
+        raise UserError("out: no run with a checkpoint; train one with python train.py, or name it with --out_dir")
+    return str(max(checkpoints, key=lambda path: path.stat().st_mtime).parent)
+
+
+def load(out_dir: str, device: torch.device, which: str = "last") -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """Model in evaluation mode on `device`, tokenizer and payload of the run in `out_dir`, or of one `.pt` file.
+
+    `which` is "last" or "best". Raises UserError if there is none, or if its tokenizer is not the one it was trained
+    with or does not fit its vocabulary.
+    """
+    tokenizer, payload = open_run(out_dir, which, verify=True)
+    return build_model(GPTConfig(**payload["model_config"]), payload["model"], device).eval(), tokenizer, payload
+
+
+def build_model(config: GPTConfig, weights: dict[str, torch.Tensor], device: torch.device) -> GPT:
+    """A model with a copy of these weights; none are drawn at random first."""
+    with torch.device("meta"):
+        model = GPT(config)
+    model.load_state_dict({name: weight.to(device, copy=True) for name, weight in weights.items()}, assign=True)
+    return model
+
+
+def open_run(out_dir: str, which: str = "last", verify: bool = False) -> tuple[Tokenizer, dict[str, Any]]:
+    """Tokenizer and payload of the run in `out_dir`, or of one `.pt` file, as `load` finds them. The payload's tensors
+    are read when they are used, and unless `verify` is set, not before."""
+    path = Path(out_dir)
+    if which not in ("last", "best"):
+        raise UserError(f"--checkpoint={which}: not one of last, best")
+    if path.is_dir() and which == "last":
+        payload = read_newest(path, mmap=True, verify=verify)
+    else:
+        payload = read(path / f"{which}.pt" if path.is_dir() else path, mmap=True, verify=verify)
+    if payload is None:
+        raise UserError(f"{path}: no checkpoint in it yet; train one with python train.py, or name another --out_dir")
+    tokenizer = Tokenizer.from_json(payload["tokenizer"], f"tokenizer in {path}")
+    too_large = tokenizer.vocab_size > payload["model_config"]["vocab_size"]
+    if tokenizer.sha256 != payload["tokenizer_sha256"] or too_large:
+        raise UserError(f"{path}: its tokenizer is not the one the model was trained with; use another checkpoint")
+    return tokenizer, payload
