@@ -104,7 +104,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         machine["compiled"] = workers[0].ask("is_compiled")
         result = {"config": dataclasses.asdict(config), "machine": machine, "notes": notes(config, machine)}
         result |= {"figures": summary(figures), "ratios": ratios(figures)}
-        print("\n".join([*result["notes"], table(result)]))
+        print("\n".join([*result["notes"], figures_table(result)]))
         if config.profile:
             result["trace"] = str(output.with_suffix(".trace.json"))
             result["profile"] = workers[0].ask("profile", PROFILED_STEPS, result["trace"])
@@ -273,7 +273,7 @@ def notes(config: BenchConfig, machine: dict[str, Any]) -> list[str]:
     return lines
 
 
-def table(result: dict[str, Any]) -> str:
+def figures_table(result: dict[str, Any]) -> str:
     """A row a figure, a column a system, and ours over each other one."""
     names = [OURS, *dict.fromkeys(name for row in result["ratios"].values() for name in row)]
     lines = [f"{'':30}" + "".join(f"{head:>20}" for head in [*names, *(f"ours/{name}" for name in names[1:])])]

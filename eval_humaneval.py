@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.judging import fate, judge, read_samples, self_test
-from evaluation.pass_at_k import best_of, summarize, sweep_table, table
+from evaluation.pass_at_k import best_of, pass_at_k_table, summarize, sweep_table
 from evaluation.problems import Problem, load_problems, read_stops
 from inference.sampling import Sampling
 from runtime.config import run_stage
@@ -33,7 +33,7 @@ from sandbox.verdict import Limits
 
 
 @dataclass(frozen=True)
-class EvalConfig(Sampling):
+class HumanEvalConfig(Sampling):
     temperature: float | str = 0.2  # several joined by commas are a sweep: the best of each k is marked
     out_dir: str | None = None  # folder of the run, or a .pt file; None takes the latest run under out/
     checkpoint: str = "last"  # last, or best: the lowest validation loss
@@ -81,7 +81,7 @@ def _numbers(text: str, kind: type, key: str, least: int) -> list:
     raise UserError(f"--{key}={text}: wants numbers of at least {least}, joined by commas")
 
 
-def evaluate(config: EvalConfig) -> dict[str, Any]:
+def eval_humaneval(config: HumanEvalConfig) -> dict[str, Any]:
     """Write and judge samples, or judge those of a file; returns the summary, of a sweep the one for all."""
     every = load_problems(config.problems)
     problems, label = choose_problems(every, config.problems, config.tasks, config.exclude, config.first)
@@ -116,7 +116,7 @@ def choose_problems(
     return chosen, name if len(chosen) == len(every) else f"{name} subset {len(chosen)} of {len(every)}"
 
 
-def _judge_model(sandbox: Sandbox, config: EvalConfig, problems: list[Problem], label: str) -> dict[str, Any]:
+def _judge_model(sandbox: Sandbox, config: HumanEvalConfig, problems: list[Problem], label: str) -> dict[str, Any]:
     from evaluation.completions import load_model, write_samples
     from runtime.device import resolve_device
     from weights.checkpoint import latest_run  # these need torch, which judging a file does not
@@ -150,7 +150,7 @@ def _judge_model(sandbox: Sandbox, config: EvalConfig, problems: list[Problem], 
         summary |= {"seconds": {"writing": round(writing_s, 2), "judging": round(judging_s, 2)}}
         summary |= {"without": sandbox.missing, "config": dataclasses.asdict(config)}
         write_json(folder / "summary.json", summary)
-        print(f"{out_dir}, step {known['step']}, temperature {temperature:g}: {folder}\n{table(summary)}")
+        print(f"{out_dir}, step {known['step']}, temperature {temperature:g}: {folder}\n{pass_at_k_table(summary)}")
         summaries.append(summary)
     if len(summaries) == 1:
         return summaries[0]
@@ -161,7 +161,7 @@ def _judge_model(sandbox: Sandbox, config: EvalConfig, problems: list[Problem], 
 
 
 def _judge_file(
-    sandbox: Sandbox, config: EvalConfig, problems: list[Problem], label: str, samples: list[dict[str, str]]
+    sandbox: Sandbox, config: HumanEvalConfig, problems: list[Problem], label: str, samples: list[dict[str, str]]
 ) -> dict[str, Any]:
     path = Path(config.samples)
     results, judging_s = judge(sandbox, problems, samples)
@@ -174,9 +174,9 @@ def _judge_file(
     summary |= {"seconds": {"judging": round(judging_s, 2)}, "without": sandbox.missing}
     summary |= {"config": dataclasses.asdict(config)}
     write_json(path.with_name(f"{name}.summary.json"), summary)
-    print(f"{config.samples}: {path.with_name(f'{name}.results.jsonl')}\n{table(summary)}")
+    print(f"{config.samples}: {path.with_name(f'{name}.results.jsonl')}\n{pass_at_k_table(summary)}")
     return summary
 
 
 if __name__ == "__main__":
-    run_stage(evaluate, EvalConfig)
+    run_stage(eval_humaneval, HumanEvalConfig)

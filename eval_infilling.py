@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data.sequences import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
 from data.tokenizer import END_OF_TEXT, Special, Tokenizer
 from inference.generate import generate
-from inference.optimize import prepare
+from inference.optimize import optimize
 from inference.sampling import Sampling
 from runtime.config import run_stage
 from runtime.device import DTYPES, resolve_device
@@ -63,14 +63,14 @@ class Gap(NamedTuple):
     suffix: list[str]
 
 
-def evaluate(config: InfillingConfig) -> dict[str, Any]:
+def eval_infilling(config: InfillingConfig) -> dict[str, Any]:
     """Fill in the lines, print how many are right and return the figures."""
     gaps = find_gaps(config.files, config.n_lines, config.min_chars, config.seed)
     device = resolve_device(config.device)
     out_dir = config.out_dir or latest_run()
     model, tokenizer, payload = load(out_dir, device, config.checkpoint)
     model.to(DTYPES[config.dtype])
-    prepare(model)
+    optimize(model)
     room = model.config.block_size - config.max_new_tokens - 4  # the specials
     if room < 1:
         raise UserError(
@@ -157,4 +157,4 @@ def _how_many(counts: list[int], room: int) -> int:
 
 
 if __name__ == "__main__":
-    run_stage(evaluate, InfillingConfig)
+    run_stage(eval_infilling, InfillingConfig)

@@ -29,7 +29,7 @@ from weights.checkpoint import latest_run, load, open_run
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class PerplexityConfig:
     out_dir: str | None = None  # folder of the run, or a .pt file; None takes the latest run under out/
     checkpoint: str = "last"  # last, or best: the lowest validation loss
     compare: str | None = None  # another run, or a folder of a Hugging Face model, scored on the same text
@@ -52,14 +52,14 @@ class EvalConfig:
             raise UserError("--files and --dataset name different texts; give one of them")
 
 
-def evaluate(config: EvalConfig) -> dict[str, Any]:
+def eval_perplexity(config: PerplexityConfig) -> dict[str, Any]:
     """Score one or two models, print the table and return the figures: of one model, or by model, and by language."""
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     warn_if_slow(dtype, device)
     out_dir = config.out_dir or latest_run()
     if config.files is None and config.stride is None and config.compare is None:
-        return _evaluate_blocks(config, out_dir, device, dtype)
+        return _score_blocks(config, out_dir, device, dtype)
     scorers = [load_scorer(name, config.checkpoint, device, dtype) for name in (out_dir, config.compare) if name]
     stride = config.stride or min(scorer.context for scorer in scorers) // 2 or 1
     for scorer in scorers:
@@ -85,11 +85,11 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     print(
         f"documents of {config.files or config.dataset or 'the shards'} in windows that move on by {stride}; {contexts}"
     )
-    print(table(figures))
+    print(perplexity_table(figures))
     return figures if config.compare else figures[scorers[0].name]
 
 
-def _evaluate_blocks(config: EvalConfig, out_dir: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def _score_blocks(config: PerplexityConfig, out_dir: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     model, tokenizer, payload = load(out_dir, device, config.checkpoint)
     shards = open_shards(config.dataset or payload["config"]["dataset"])
     _require_tokenizer(shards, payload, out_dir)
@@ -107,7 +107,7 @@ def _evaluate_blocks(config: EvalConfig, out_dir: str, device: torch.device, dty
             stream = shards.split(config.split, language)
             if len(stream) > model.config.block_size:
                 figures["languages"][language] = evaluate_loss(model, stream, tokenizer, **limits)
-        print(table({out_dir: figures}))
+        print(perplexity_table({out_dir: figures}))
     return figures
 
 
@@ -168,7 +168,7 @@ def _require_tokenizer(shards: Shards, payload: dict[str, Any], out_dir: str) ->
         )
 
 
-def table(figures: dict[str, dict[str, Any]]) -> str:
+def perplexity_table(figures: dict[str, dict[str, Any]]) -> str:
     """Models side by side: a row a language, and one for all."""
     width = max(map(len, figures))
     heads = ("loss", "perplexity", "bits/byte", "per Pygments token", "tokens", "bytes")
@@ -188,4 +188,4 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    run_stage(evaluate, EvalConfig)
+    run_stage(eval_perplexity, PerplexityConfig)

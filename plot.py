@@ -74,10 +74,10 @@ def plot(config: PlotConfig) -> dict[str, dict[str, Any]]:
     runs = [read_run(folder) for folder in folders]
     if not runs:
         raise UserError(f"--runs={config.runs}: no such folder; name runs that python train.py made")
-    rows = table(runs)
+    rows = ends_by_experiment(runs)
     if config.baseline is not None and config.baseline not in rows:
         raise UserError(f"--baseline={config.baseline}: not among {', '.join(rows)}")
-    text = markdown(rows, config.baseline or next(iter(rows)))
+    text = markdown_table(rows, config.baseline or next(iter(rows)))
     print(text)
     if config.table is not None:
         Path(config.table).parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def read_run(folder: Path) -> Curves:
     return Curves(folder, "", train, val)
 
 
-def table(runs: list[Curves]) -> dict[str, dict[str, Any]]:
+def ends_by_experiment(runs: list[Curves]) -> dict[str, dict[str, Any]]:
     """By experiment: the means of its runs' ends, and the bits per byte of each seed."""
     rows: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(run.name for run in runs):
@@ -129,7 +129,7 @@ def mean_and(values: list[float], divisor: float, form: str) -> str:
     return format(statistics.mean(values), form) + spread
 
 
-def markdown(rows: dict[str, dict[str, Any]], baseline: str) -> str:
+def markdown_table(rows: dict[str, dict[str, Any]], baseline: str) -> str:
     """The table: bits per byte with the standard deviation over seeds, and the gain over `baseline`: the mean over the
     seeds both have, with its standard error, or if there are none the difference of the means."""
     lines = [

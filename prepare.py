@@ -35,7 +35,7 @@ from data.pipeline.learn_tokenizer import tokenizer_for
 from data.pipeline.machines import compare, gather, part_folder, part_of, read_json
 from data.pipeline.steps import RefineConfig, Refinery, files_named, is_validation
 from data.pipeline.work_units import Maker, Task, is_done
-from data.shards import SPLITS, open_shards, shards_path
+from data.shards import SPLITS, open_shards, shards_path, tokenizer_file
 from data.sources.open import open_source
 from data.tokenizer import load_tokenizer
 from runtime.config import format_config, run_stage
@@ -123,7 +123,7 @@ def _inputs(config: PrepareConfig, downloads: Path, pins: dict[str, str]) -> lis
 def _begin(work: Path, config: PrepareConfig) -> tuple[list[Input], dict[str, Any]]:
     """Open the source, and take up what a killed run left in `work`, if it was making the same; else begin anew.
     Returns the inputs, and settings.json's content."""
-    begun = (work / "tokenizer.json").exists()  # before that nothing is worth keeping
+    begun = tokenizer_file(work).exists()  # before that nothing is worth keeping
     state = read_json(work / "settings.json") if begun else {}
     pins = dict(state.get("pins", {}))
     inputs = _inputs(config, work / "download", pins)
@@ -149,7 +149,7 @@ def _publish(
 ) -> dict[str, Any]:
     """Make the units that are missing, write the shards of the documents chosen, and give the folder its name."""
     units, rows, status = _choose_enough(work, state["n_inputs"], tasks, refinery, config)
-    tokenizer = load_tokenizer(str(work / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tokenizer_file(work)))
     t0 = time.perf_counter()
     splits = write(units, rows, plan(units, rows, status, config.shard_tokens), work, tokenizer.vocab_size)
     summary = report.sum_up(units.notes, rows, status)
@@ -262,7 +262,7 @@ def _locked(work: Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                if work.exists() and not (work / "tokenizer.json").exists():  # nothing worth keeping
+                if work.exists() and not tokenizer_file(work).exists():  # nothing worth keeping
                     shutil.rmtree(work)
             return
 
@@ -294,7 +294,7 @@ def _remove_leftovers(path: Path) -> None:
 def _print_report(path: Path, meta: dict[str, Any]) -> None:
     summary = read_json(path / "report.json") if (path / "report.json").exists() else None
     if summary:
-        print(report.table(summary))
+        print(report.report_table(summary))
         for name, bytes_per_token in summary["tokenizers"].items():
             print(f"tokenizer {name}: {bytes_per_token:.3f} bytes a token on held-out text")
     print(f"{path}: tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} ids")

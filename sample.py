@@ -13,7 +13,7 @@ from pathlib import Path
 
 from evaluation.problems import FUNCTION_STOPS, read_stops
 from inference.generate import Completion, generate
-from inference.optimize import QUANTIZATIONS, prepare
+from inference.optimize import QUANTIZATIONS, optimize
 from inference.sampling import Sampling
 from runtime.config import run_stage
 from runtime.device import DTYPES, resolve_device
@@ -70,7 +70,7 @@ def sample(config: SampleConfig) -> list[Completion]:
     n_tokens, context = len(tokenizer.encode(prompt)), model.config.block_size
     if n_tokens > context:
         print(f"warning: the prompt has {n_tokens} tokens; the model sees the last {context}", file=sys.stderr)
-    prepare(model, config.n_samples, config.quantize)
+    optimize(model, config.n_samples, config.quantize)
     streaming = config.n_samples == 1 and check is None
     if streaming:
         print(prompt, end="", flush=True)

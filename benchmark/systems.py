@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from data.shards import write_shard
+from data.shards import tokenizer_file, write_shard
 from data.tokenizer import END_OF_TEXT, Tokenizer
 from dataloader import Loader
 from evaluation.likelihood import evaluate_loss
 from inference.generate import generate_tokens
-from inference.optimize import prepare
+from inference.optimize import optimize
 from inference.sampling import Sampling, choose_token
 from model import GPT
 from runtime.device import autocast, peak_flops, peak_memory_bytes, resolve_device, resolve_dtype
@@ -134,7 +134,7 @@ class Ours(System):
     def decode(self, batch: int, n_tokens: int) -> float:
         if batch not in self.decoders:
             self.decoders = {batch: GPT(self.config).to(self.device, self.decoding.dtype).eval()}
-            prepare(self.decoders[batch], batch, self.decoding.quantize)
+            optimize(self.decoders[batch], batch, self.decoding.quantize)
         tokens = self.prompts(1)
         return seconds(self.device, lambda: decode(self.decoders[batch], tokens, batch, n_tokens, self.decoding))
 
@@ -320,7 +320,7 @@ def write_random_shards(folder: Path, vocab_size: int, n_train: int, n_val: int)
     names = [i.to_bytes(1 if i < 256 else 3, "big") for i in range(vocab_size - 1)]
     ranks = {name: rank for rank, name in enumerate(names)}
     tokenizer = Tokenizer("random", r"(?s).", ranks, {END_OF_TEXT: vocab_size - 1})
-    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    tokenizer.save(tokenizer_file(folder))
     chance, splits = np.random.default_rng(0), {}
     for split, n_tokens in (("train", n_train), ("val", n_val)):
         ids = chance.integers(0, vocab_size, n_tokens, dtype=np.uint32)

@@ -19,7 +19,7 @@ class Document(NamedTuple):
     licenses: tuple[str, ...] = ()  # as the source names them
     language: str | None = None  # as in LANGUAGES, or as the source names it
     stars: int | None = None
-    parts: tuple[tuple[str, str], ...] = ()  # a notebook's or commit's texts, each after its marker; else empty
+    sections: tuple[tuple[str, str], ...] = ()  # a notebook's or commit's texts, each after its marker; else empty
 
 
 class Rejection(NamedTuple):

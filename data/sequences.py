@@ -47,8 +47,8 @@ class FormatConfig:
 
 
 def sequence(document: Document, config: FormatConfig, seed: int) -> list[str]:
-    """The pieces of a training document. A notebook's and a commit's parts keep their order."""
-    if document.parts or not (config.metadata_rate or config.fim_rate):
+    """The pieces of a training document. A notebook's and a commit's sections keep their order."""
+    if document.sections or not (config.metadata_rate or config.fim_rate):
         return plain(document)
     chance = random.Random(f"{seed}\0{document.repo}\0{document.path}\0{document.text}")
     pieces = _metadata(document, config.metadata_rate, chance)
@@ -59,10 +59,10 @@ def sequence(document: Document, config: FormatConfig, seed: int) -> list[str]:
 
 
 def plain(document: Document) -> list[str]:
-    """The pieces of a validation document: its text as it is, a notebook's or commit's parts with their markers."""
-    if not document.parts:
+    """The pieces of a validation document: its text as it is, a notebook's or commit's sections with their markers."""
+    if not document.sections:
         return [document.text]
-    return _joined([piece for marker, text in document.parts for piece in (Special(marker), text) if piece])
+    return _joined([piece for marker, text in document.sections for piece in (Special(marker), text) if piece])
 
 
 def fill_in_the_middle(text: str, chance: random.Random, spm: bool) -> list[str]:
@@ -91,9 +91,9 @@ def restore(pieces: list[str]) -> str:
 
 
 def notebook(document: Document) -> Document | Rejection:
-    """A notebook's JSON as parts: each cell's text, or its code and output. `text` becomes the cells' sources."""
+    """A notebook's JSON as sections: each cell's text, or its code and output. `text` becomes the cells' sources."""
     where = f"{document.repo}: {document.path}"
-    parts: list[tuple[str, str]] = []
+    sections: list[tuple[str, str]] = []
     sources = []
     try:
         for cell in json.loads(document.text)["cells"]:
@@ -103,17 +103,17 @@ def notebook(document: Document) -> Document | Rejection:
             sources.append(source)
             if cell["cell_type"] == "code":
                 output = ANSI.sub("", "".join(map(_output, cell["outputs"])))[:MAX_OUTPUT]
-                parts.append(("<jupyter_code>", source))
-                parts.append(("<jupyter_output>", output) if output.strip() else ("<empty_output>", ""))
+                sections.append(("<jupyter_code>", source))
+                sections.append(("<jupyter_output>", output) if output.strip() else ("<empty_output>", ""))
             else:
-                parts.append(("<jupyter_text>", source))
+                sections.append(("<jupyter_text>", source))
         text = "\n".join(sources)
-        "".join(part for _, part in parts).encode()
+        "".join(section for _, section in sections).encode()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return Rejection("malformed notebook", where)
-    if not parts:
+    if not sections:
         return Rejection("empty", where)
-    return document._replace(text=text, parts=(("<jupyter_start>", ""), *parts), language=NOTEBOOK)
+    return document._replace(text=text, sections=(("<jupyter_start>", ""), *sections), language=NOTEBOOK)
 
 
 def _metadata(document: Document, rate: float, chance: random.Random) -> list[str]:

@@ -1,8 +1,8 @@
 """Token shards on disk: written, opened, verified, read as one stream.
 
-A folder of shards holds `meta.json`, `tokenizer.json` and, for each split, 1-D `.npy` files of ids (uint16 up to 65,536
-ids, else uint32), read through memory maps. A split is the concatenation of its shards. Every document ends with
-end-of-text.
+A folder of shards holds `meta.json`, the tokenizer in `bpe.json` and, for each split, 1-D `.npy` files of ids (uint16
+up to 65,536 ids, else uint32), read through memory maps. A split is the concatenation of its shards. Every document
+ends with end-of-text.
 """
 
 import hashlib
@@ -56,9 +56,9 @@ class Shards:
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}/meta.json: damaged; delete {path} and prepare the data again") from None
 
-    def tokenizer_json(self) -> str:
+    def tokenizer_text(self) -> str:
         """The text of the tokenizer's file. Raises UserError unless its sha256 is the one recorded."""
-        path = self.path / "tokenizer.json"
+        path = tokenizer_file(self.path)
         if not path.is_file() or _sha256(path) != self.meta["tokenizer_sha256"]:
             raise UserError(f"{path}: missing, or not the tokenizer of these shards; prepare the data again")
         return path.read_text(encoding="utf-8")
@@ -92,11 +92,18 @@ class Shards:
 
     def verify(self) -> None:
         """Read every byte and raise UserError at the first file that is not what was written."""
-        self.tokenizer_json()
+        self.tokenizer_text()
         for entry in (entry for split in SPLITS for entry in self.entries[split]):
             self._open(entry)
             if _sha256(self.path / entry["file"]) != entry["sha256"]:
                 raise UserError(f"{self.path / entry['file']}: sha256 differs from meta.json; prepare the data again")
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """The file of the tokenizer in a folder of shards: bpe.json, or tokenizer.json if the folder was made when it had
+    that name, which Hugging Face gives to files of another format."""
+    old, new = folder / "tokenizer.json", folder / "bpe.json"
+    return old if old.exists() and not new.exists() else new
 
 
 def shards_path(dataset: str) -> Path:

@@ -1,6 +1,6 @@
 """Byte-pair tokenizers: a class over tiktoken.Encoding, its file, and training one on a corpus.
 
-    tokenizer = load_tokenizer("cl100k_base")            # or "gpt2", or the path of a tokenizer.json
+    tokenizer = load_tokenizer("cl100k_base")            # or "gpt2", or the path of a bpe.json
     tokenizer = train_tokenizer(texts, vocab_size=4096)  # rustbpe learns the merges, tiktoken encodes with them
 
 The file is JSON: name, split pattern, specials with their ids, and the tokens in order of rank, each byte written as
@@ -121,7 +121,10 @@ class Tokenizer:
                 raise KeyError
             return cls(data["name"], data["pattern"], ranks, data["specials"])
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{where}: not a tokenizer file; make one with prepare.py --tokenizer=train:N") from None
+            raise UserError(
+                f"{where}: not a tokenizer file of this project (Hugging Face's tokenizer.json is another format); "
+                "make one with prepare.py --tokenizer=train:N"
+            ) from None
 
     def save(self, path: Path) -> None:
         """Write the tokenizer's file, whole or not at all."""
@@ -149,7 +152,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     if name not in NAMED:
         path = Path(name)
         if not path.is_file():
-            raise UserError(f"tokenizer {name}: no such file; use a tokenizer.json or one of {', '.join(NAMED)}")
+            raise UserError(f"tokenizer {name}: no such file; use the bpe.json of shards, or one of {', '.join(NAMED)}")
         return Tokenizer.from_json(path.read_bytes().decode("utf-8", "replace"), name)
     try:
         encoding = tiktoken.get_encoding(name)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from data.tokenizer import END_OF_TEXT, Special, Tokenizer
 from evaluation.problems import Problem
 from inference.generate import Completion, generate
-from inference.optimize import prepare
+from inference.optimize import optimize
 from inference.sampling import Sampling
 from model import GPT
 from runtime.device import DTYPES
@@ -39,7 +39,7 @@ def load_model(
         weights.update(parameter.detach().cpu().numpy().tobytes())
     known = {"step": payload["step"], "tokens": payload["tokens"], "weights": weights.hexdigest()}
     model.to(DTYPES[dtype])
-    prepare(model, n_rows)
+    optimize(model, n_rows)
     return model, tokenizer, known
 
 

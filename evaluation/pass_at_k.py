@@ -48,7 +48,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1)) if n - c >= k else 1.0
 
 
-def table(summary: dict[str, Any]) -> str:
+def pass_at_k_table(summary: dict[str, Any]) -> str:
     """The figures for a terminal."""
     lines = [f"{summary['problems']}: {summary['n_problems']} problems, {summary['n_samples']} samples"]
     for k, value in summary["pass@k"].items():

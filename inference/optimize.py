@@ -6,7 +6,7 @@ call. `quantize` stores them in fewer bytes, which makes decoding of one to four
     float16   half of fp32's bytes, products in fp32 (FBGEMM's, x86 only); logits are within 0.1%
     int8      a quarter, each output row with a scale of its own (Dettmers et al., "LLM.int8()", 2022); products in bf16
 
-How much that gains depends on the processor, so `prepare` measures, and says so if it is slower than fp32. docs/log.md
+How much that gains depends on the processor, so `optimize` measures, and says so if it is slower than fp32. docs/log.md
 has figures. On a GPU the step of one token is compiled, to be a CUDA graph: written,
 and never run.
 """
@@ -92,7 +92,7 @@ QUANTIZATIONS: dict[str, type[nn.Module]] = {"float16": Float16Linear, "int8": I
 
 
 @torch.no_grad()
-def prepare(model: GPT, batch_size: int = 1, quantize: str | None = None) -> None:
+def optimize(model: GPT, batch_size: int = 1, quantize: str | None = None) -> None:
     """Put weights as decoding reads them in the place of the linear layers' and the head's, for about `batch_size` rows
     at once; the embedding stays as it was. `quantize` is None or one of QUANTIZATIONS. The model is for decoding alone
     then.

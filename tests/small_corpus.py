@@ -54,7 +54,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 def texts_of(shards: Shards, split: str, language: str | None = None) -> list[str]:
     """The documents of a split, decoded."""
-    tokenizer = load_tokenizer(str(shards.path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(shards.path / "bpe.json"))
     stream = shards.split(split, language)
     tokens = stream.read(0, len(stream))
     parts = np.split(tokens, np.flatnonzero(tokens == tokenizer.end_of_text) + 1)

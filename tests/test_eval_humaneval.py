@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data.tokenizer import END_OF_TEXT, Special
-from eval_humaneval import EvalConfig, evaluate
+from eval_humaneval import HumanEvalConfig, eval_humaneval
 from evaluation.problems import load_problems
 from runtime.config import load_config
 from train import TrainConfig, train
@@ -84,7 +84,7 @@ def test_a_model_that_writes_the_solutions_of_humaneval_gets_them_all(
 ):
     write_solutions(load_problems(HUMANEVAL))
     more = ("--n_samples=2", "--k=1,2,3", "--max_new_tokens=2000")
-    code, out, _ = run_program(evaluate, EvalConfig, *arguments(run_folder, HUMANEVAL, *more))
+    code, out, _ = run_program(eval_humaneval, HumanEvalConfig, *arguments(run_folder, HUMANEVAL, *more))
     assert code == 0 and "HumanEval: 164 problems, 328 samples" in out
     assert "pass@1     100.00% ± 0.00%" in out and "pass@2     100.00%" in out
     assert "pass@3     skipped: it takes 3 samples a problem, there are 2" in out
@@ -93,7 +93,7 @@ def test_a_model_that_writes_the_solutions_of_humaneval_gets_them_all(
 def test_what_is_kept_of_an_evaluation(write_solutions, run_folder, problems_file, capsys):
     write_solutions(load_problems(problems_file), spoil=lambda row, text: text if row else "    return n\n")
     settings = arguments(run_folder, problems_file, "--n_samples=4", "--k=1,4", "--temperature=0.2,0.8", "--first=3")
-    sweep = evaluate(load_config(EvalConfig, settings))
+    sweep = eval_humaneval(load_config(HumanEvalConfig, settings))
     out = capsys.readouterr().out
     assert "mine subset 3 of 4" in out and "temperature" in out and "75.00%*" in out
     assert sweep["best"] == {"1": 0.2, "4": 0.2}
@@ -113,17 +113,17 @@ def test_what_is_kept_of_an_evaluation(write_solutions, run_folder, problems_fil
 def test_a_killed_evaluation_goes_on_and_others_are_kept_apart(write_solutions, run_folder, problems_file):
     prompts = write_solutions(load_problems(problems_file))
     settings = arguments(run_folder, problems_file, "--n_samples=3", "--k=1", "--seed=5")
-    whole = evaluate(load_config(EvalConfig, settings))
+    whole = eval_humaneval(load_config(HumanEvalConfig, settings))
     assert len(prompts) == 4 and whole["pass@k"]["1"] == 1.0
     paths = (Path(run_folder) / "eval").glob("mine-t*/samples.jsonl")
     (path,) = (path for path in paths if len(path.read_text().splitlines()) == 12)
     text = path.read_text()
     lines = text.splitlines(keepends=True)
     path.write_text("".join(lines[:7]) + lines[7][:20])  # killed within the third problem
-    again = evaluate(load_config(EvalConfig, settings))
+    again = eval_humaneval(load_config(HumanEvalConfig, settings))
     assert len(prompts) == 6 and "three" in prompts[-2] and path.read_text() == text
     assert again["pass@k"] == whole["pass@k"]
-    evaluate(load_config(EvalConfig, [*settings, "--top_p=0.5"]))
+    eval_humaneval(load_config(HumanEvalConfig, [*settings, "--top_p=0.5"]))
     assert len(prompts) == 10, "other settings, other samples"
 
 
@@ -132,7 +132,7 @@ def test_samples_are_repeated_by_a_seed_and_drawn_independently(run_folder, prob
         settings = arguments(
             run_folder, problems_file, "--n_samples=6", "--max_new_tokens=8", "--temperature=1.5", *more
         )
-        evaluate(load_config(EvalConfig, [*settings, "--k=1", "--stop=@@@"]))
+        eval_humaneval(load_config(HumanEvalConfig, [*settings, "--k=1", "--stop=@@@"]))
         newest = max((Path(run_folder) / "eval").glob("mine-t1.5-*/samples.jsonl"), key=lambda p: p.stat().st_mtime_ns)
         texts = [json.loads(line)["completion"] for line in newest.read_text().splitlines()]
         newest.unlink()
@@ -156,7 +156,7 @@ def test_samples_made_elsewhere(problems_file, tmp_path, run_program):
     ]
     (tmp_path / "made.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     flags = (f"--samples={tmp_path / 'made.jsonl'}", f"--problems={problems_file}", "--allow_code_execution=True")
-    code, out, _ = run_program(evaluate, EvalConfig, *flags, "--k=1")
+    code, out, _ = run_program(eval_humaneval, HumanEvalConfig, *flags, "--k=1")
     assert code == 0 and "mine, 2 of 4 attempted: 2 problems, 4 samples" in out and "pass@1      50.00%" in out
     results = [json.loads(line) for line in (tmp_path / "made.results.jsonl").read_text().splitlines()]
     assert [(r["task_id"], r["passed"]) for r in results] == [("T/two", True), *[("T/one", False)] * 3]
@@ -166,7 +166,7 @@ def test_samples_made_elsewhere(problems_file, tmp_path, run_program):
         "IndentationError",
     ]
     (tmp_path / "made.jsonl.gz").write_bytes(gzip.compress((tmp_path / "made.jsonl").read_bytes()))
-    assert run_program(evaluate, EvalConfig, flags[0] + ".gz", *flags[1:])[0] == 0
+    assert run_program(eval_humaneval, HumanEvalConfig, flags[0] + ".gz", *flags[1:])[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_samples_made_elsewhere(problems_file, tmp_path, run_program):
     ],
 )
 def test_bad_input_is_one_line(wrong, message, run_folder, problems_file, run_program):
-    code, _, err = run_program(evaluate, EvalConfig, *arguments(run_folder, problems_file, *wrong))
+    code, _, err = run_program(eval_humaneval, HumanEvalConfig, *arguments(run_folder, problems_file, *wrong))
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(errors) == 1 and message in errors[0]
 

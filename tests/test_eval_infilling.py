@@ -1,12 +1,13 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-import eval_infilling
+import eval_infilling as eval_infilling_module
 from data.sequences import SPECIALS
 from data.tokenizer import load_tokenizer
-from eval_infilling import InfillingConfig, evaluate, find_gaps, prompt_of
+from eval_infilling import InfillingConfig, eval_infilling, find_gaps, prompt_of
 from inference.generate import Completion
 from prepare import PrepareConfig, prepare
 from runtime.config import load_config
@@ -68,7 +69,7 @@ def test_the_lines_left_out_are_code(files, capsys):
 
 @pytest.mark.parametrize("spm", [False, True])
 def test_a_prompt_holds_the_lines_next_to_the_gap_and_fits(shards, files, spm):
-    tokenizer = load_tokenizer(str(shards.path / "tokenizer.json")).with_specials(SPECIALS)
+    tokenizer = load_tokenizer(str(shards.path / "bpe.json")).with_specials(SPECIALS)
     for gap in find_gaps(files, 1000, 5, 0):
         for room in (10, 40, 5000):
             pieces = prompt_of(gap, tokenizer, room, spm)
@@ -88,17 +89,19 @@ def test_answers_count_when_they_are_the_line(run_folder, files, monkeypatch, ru
         line = lines[len(asked) - 1]
         return [Completion(line + "  " if len(asked) % 2 else line.strip() + "?", "", "stop")]
 
-    monkeypatch.setattr(eval_infilling, "generate", generate)
+    monkeypatch.setattr(eval_infilling_module, "generate", generate)
     settings = (f"--out_dir={run_folder}", f"--files={files}", "--device=cpu", "--max_new_tokens=20")
-    code, out, _ = run_program(evaluate, InfillingConfig, *settings)
+    code, out, _ = run_program(eval_infilling, InfillingConfig, *settings)
     assert code == 0 and "57.14% ± 18.70% of 7 lines" in out
     assert asked[0][1]["stop"] == ("\n",) and asked[0][0].temperature == 0
-    kept = json.loads((eval_infilling.Path(run_folder) / "eval" / "infilling.json").read_text())
+    kept = json.loads((Path(run_folder) / "eval" / "infilling.json").read_text())
     assert kept["exact_match"] == pytest.approx(4 / 7) and kept["answers"][1]["answer"] == "def f(x):?"
 
 
 def test_a_model_answers_itself(run_folder, files):
-    figures = evaluate(load_config(InfillingConfig, [f"--out_dir={run_folder}", f"--files={files}", "--device=cpu"]))
+    figures = eval_infilling(
+        load_config(InfillingConfig, [f"--out_dir={run_folder}", f"--files={files}", "--device=cpu"])
+    )
     assert figures["n_lines"] == 7 and 0 <= figures["exact_match"] <= 1
 
 
@@ -115,5 +118,5 @@ def test_bad_input_is_one_line(run_folder, run_config, files, run_program):
         ),
     ]
     for wrong, message in cases:
-        code, _, err = run_program(evaluate, InfillingConfig, f"--out_dir={run_folder}", "--device=cpu", *wrong)
+        code, _, err = run_program(eval_infilling, InfillingConfig, f"--out_dir={run_folder}", "--device=cpu", *wrong)
         assert code == 2 and message in err and err.count("error: ") == 1

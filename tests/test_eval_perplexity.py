@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from data.tokenizer import load_tokenizer
-from eval_perplexity import EvalConfig, evaluate
+from eval_perplexity import PerplexityConfig, eval_perplexity
 from evaluation.likelihood import evaluate_loss
 from model import GPT, GPTConfig
 from runtime.config import load_config
@@ -16,7 +16,7 @@ from train import train
 @pytest.mark.parametrize("max_tokens", [None, 2100])
 def test_loss_equals_a_direct_computation(shards, max_tokens):
     torch.manual_seed(0)
-    tokenizer = load_tokenizer(str(shards.path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(shards.path / "bpe.json"))
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=1000, vocab_size=512, dropout=0.5))
     stream = shards.split("val")
     stream.ends[-1] = 5500  # the first five blocks are enough
@@ -38,16 +38,16 @@ def test_loss_equals_a_direct_computation(shards, max_tokens):
 def test_the_program_scores_a_run_as_training_did(run_config, run_program):
     trained = train(run_config)
     arguments = (f"--out_dir={run_config.out_dir}", "--dtype=float32", "--max_tokens=512", "--batch_size=4")
-    code, out, _ = run_program(evaluate, EvalConfig, *arguments)
+    code, out, _ = run_program(eval_perplexity, PerplexityConfig, *arguments)
     assert code == 0 and f"loss {trained['val_loss']:.4f} nats/token" in out
     for wrong in ("--split=test", "--batch_size=0", "--dataset=missing"):
-        assert run_program(evaluate, EvalConfig, *arguments, wrong)[0] == 2
+        assert run_program(eval_perplexity, PerplexityConfig, *arguments, wrong)[0] == 2
 
 
 def test_documents_of_shards_and_of_files_by_language_beside_another_run(run_config, run_program, tmp_path, capsys):
     train(run_config)
     arguments = (f"--out_dir={run_config.out_dir}", "--dtype=float32", "--batch_size=4")
-    figures = evaluate(load_config(EvalConfig, [*arguments, "--stride=16", "--max_tokens=20_000"]))
+    figures = eval_perplexity(load_config(PerplexityConfig, [*arguments, "--stride=16", "--max_tokens=20_000"]))
     assert 500 < figures["tokens"] < 80_000 and figures["context"] == 32
     sources = tmp_path / "src"
     sources.mkdir()
@@ -58,12 +58,12 @@ def test_documents_of_shards_and_of_files_by_language_beside_another_run(run_con
     other = tmp_path / "other"
     shutil.copytree(run_config.out_dir, other)
     capsys.readouterr()
-    figures = evaluate(load_config(EvalConfig, [*arguments, files, f"--compare={other}"]))
+    figures = eval_perplexity(load_config(PerplexityConfig, [*arguments, files, f"--compare={other}"]))
     out, err = capsys.readouterr()
     assert figures[run_config.out_dir]["loss"] == figures[str(other)]["loss"]
     assert list(figures[str(other)]["languages"]) == ["Go", "Python"] and figures[str(other)]["bytes"] == 36
     assert len([line for line in out.splitlines() if line.startswith("Go ")]) == 2
     assert "c.py: not UTF-8 text; left out" in err
     for wrong in ("--files=missing/*.py", "--stride=33", "--stride=0", "--compare=missing", f"{files} --dataset=x"):
-        code, _, err = run_program(evaluate, EvalConfig, *arguments, files, *wrong.split(" --"))
+        code, _, err = run_program(eval_perplexity, PerplexityConfig, *arguments, files, *wrong.split(" --"))
         assert code == 2 and err.count("error: ") == 1, wrong

@@ -43,7 +43,7 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(corpus, shards, tmp_
     chance, kills = random.Random(0), 0
     while kills < 4 and not (tmp_path / "stdlib").exists():
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (tmp_path / "stdlib.partial" / "tokenizer.json").exists():
+        while process.poll() is None and not (tmp_path / "stdlib.partial" / "bpe.json").exists():
             time.sleep(0.01)
         time.sleep(chance.uniform(0.0, 0.2) + (0.3 if kills else 0.0))  # it starts in about 0.3 s
         process.send_signal(signal.SIGKILL)

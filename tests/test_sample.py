@@ -17,7 +17,7 @@ from train import train
 
 @pytest.fixture(scope="module")
 def tokenizer(shards) -> Tokenizer:
-    return load_tokenizer(str(shards.path / "tokenizer.json"))
+    return load_tokenizer(str(shards.path / "bpe.json"))
 
 
 @pytest.fixture(scope="module")

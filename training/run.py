@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from data.shards import Shards, open_shards
+from data.shards import Shards, open_shards, tokenizer_file
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 from runtime.device import autocast, keep_freed_memory, resolve_device, resolve_dtype, warn_if_slow
@@ -87,7 +87,7 @@ def open_dataset(config: RunConfig) -> Shards:
             f"{shards.path}/meta.json: vocab_size is {shards.vocab_size}, the model has {config.vocab_size}; "
             f"set --vocab_size={-(-shards.vocab_size // 128) * 128}, or prepare the data with another --tokenizer"
         )
-    end = Tokenizer.from_json(shards.tokenizer_json(), f"{shards.path}/tokenizer.json").end_of_text
+    end = Tokenizer.from_json(shards.tokenizer_text(), str(tokenizer_file(shards.path))).end_of_text
     if config.document_end not in (None, end):
         raise UserError(
             f"document_end is {config.document_end}, but documents of {shards.path} end with {end}; "
@@ -108,7 +108,7 @@ def start_run(config: RunConfig, shards: Shards) -> Run:
     warn_if_slow(dtype, device, *shape)
     if device.type == "cpu":
         keep_freed_memory()
-    tokenizer = Tokenizer.from_json(shards.tokenizer_json(), f"{shards.path}/tokenizer.json")
+    tokenizer = Tokenizer.from_json(shards.tokenizer_text(), str(tokenizer_file(shards.path)))
     torch.manual_seed(config.seed)
     if payload is not None:
         require_continuation(config, payload, shards.fingerprint())
@@ -134,7 +134,7 @@ def fine_tuned(config: RunConfig, tokenizer: Tokenizer, shards_path: Path, devic
     if source_tokenizer.sha256 != tokenizer.sha256:
         raise UserError(
             f"{where}: trained with another tokenizer than {shards_path} has; prepare the data with "
-            "--tokenizer=PATH of the tokenizer.json beside the shards of that run"
+            "--tokenizer=PATH of the bpe.json beside the shards of that run"
         )
     return build_model(config, payload["model"], device)
 

@@ -11,6 +11,7 @@ from data.documents import Document, Input, fraction, utf8_bytes
 from data.pipeline.report import progress_bar
 from data.pipeline.steps import RefineConfig, Refinery, Tally, is_validation
 from data.sequences import SPECIALS
+from data.shards import tokenizer_file
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from runtime.errors import UserError
 from runtime.files import write_json
@@ -22,7 +23,7 @@ HELD_OUT_BYTES = 2**21  # validation text on which tokenizers are compared
 def tokenizer_for(config: RefineConfig, inputs: list[Input], folder: Path) -> Tokenizer:
     """The tokenizer the settings ask for, kept in `folder`, so that a run that goes on uses the same; beside one that
     is trained, tokenizers.json compares it with cl100k_base. Raises UserError if it cannot be had."""
-    path = folder / "tokenizer.json"
+    path = tokenizer_file(folder)
     if path.exists():
         return load_tokenizer(str(path))
     held_out: list[str] = []

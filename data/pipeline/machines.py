@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from data.shards import tokenizer_file
 from runtime.errors import UserError
 from runtime.files import write_json
 
@@ -32,14 +33,14 @@ def gather(path: Path, work: Path, n_parts: int, settings: dict[str, Any]) -> No
         if not (folder / "complete.json").exists():
             setting = f"--part={folders.index(folder) + 1}/{n_parts}"
             raise UserError(f"{folder}: not there or not complete; run {setting} to its end first")
-    known = work if (work / "tokenizer.json").exists() else left[0]
+    known = work if tokenizer_file(work).exists() else left[0]
     for folder in (known, *left):
         for wanted in (settings, read_json(known / "settings.json")):
             compare(folder, read_json(folder / "settings.json"), wanted)
-        if (folder / "tokenizer.json").read_bytes() != (known / "tokenizer.json").read_bytes():
+        if tokenizer_file(folder).read_bytes() != tokenizer_file(known).read_bytes():
             raise UserError(f"{folder}: its tokenizer is not the other parts'; delete it and make it again")
     (work / "units").mkdir(exist_ok=True)
-    for name in ("tokenizers.json", "settings.json", "tokenizer.json"):
+    for name in ("tokenizers.json", "settings.json", tokenizer_file(known).name):
         if known is not work and (known / name).exists():
             shutil.copy(known / name, work / name)
     for folder in left:

@@ -40,7 +40,7 @@ def sum_up(notes: list[dict[str, Any]], rows: np.ndarray, status: np.ndarray) ->
     }
 
 
-def table(report: dict[str, Any]) -> str:
+def report_table(report: dict[str, Any]) -> str:
     """The report for a terminal."""
     lines = [f"{'after':30} {'documents':>12} {'bytes':>16} {'tokens':>14}"]
     lines += [

@@ -43,7 +43,7 @@ class RefineConfig(SourceConfig, CleanConfig, duplicates.DedupConfig, sequences.
     contaminant_columns: str = "prompt,text,question,canonical_solution,solution,code"  # of problems: what to look for
     contaminant_min_chars: int = 32  # docstrings and solutions shorter than this, white space aside, prove nothing
     redact: bool = False  # replace e-mail and IP addresses, keys and tokens; needs detect-secrets
-    tokenizer: str = "train:4096"  # cl100k_base, gpt2, the path of a tokenizer.json, or train:N for a BPE of N ids
+    tokenizer: str = "train:4096"  # cl100k_base, gpt2, the path of a bpe.json, or train:N for a BPE of N ids
     tokenizer_sample_bytes: int = 2**25  # train:N learns from about this much of the training text
     val_fraction: float = 0.05  # share of the repositories that goes to validation, each as a whole
     val_files: str | None = None  # input files, by glob, that go to validation whole, and are taken first
@@ -225,8 +225,8 @@ class Refinery:
         draft.digest = duplicates.digest(squeezed) if self.config.exact_duplicates else bytes(16)
         if not self.decontaminator:
             return True
-        if draft.document.parts:  # its text leaves a notebook's outputs out
-            squeezed = "".join("".join(text.split()) for _, text in draft.document.parts)
+        if draft.document.sections:  # its text leaves a notebook's outputs out
+            squeezed = "".join("".join(text.split()) for _, text in draft.document.sections)
         problems = self.decontaminator.problems(squeezed.lower())
         if problems:
             tally.problems.update(problems)
@@ -244,16 +244,16 @@ class Refinery:
         if self.redactor is None:
             return True
         document = draft.document
-        parts = document.parts or (("", document.text),)
-        results = [self.redactor.redact(text, _part_language(marker, document)) for marker, text in parts]
+        sections = document.sections or (("", document.text),)
+        results = [self.redactor.redact(text, _section_language(marker, document)) for marker, text in sections]
         if None in results:
             tally.drop("cannot be redacted", document)
             return False
         for _, counts in results:
             tally.redacted.update(counts)
         texts = [text for text, _ in results]
-        redacted = tuple((marker, text) for (marker, _), text in zip(parts, texts, strict=True))
-        draft.document = document._replace(text="\n".join(texts), parts=redacted if document.parts else ())
+        redacted = tuple((marker, text) for (marker, _), text in zip(sections, texts, strict=True))
+        draft.document = document._replace(text="\n".join(texts), sections=redacted if document.sections else ())
         return True
 
     def _is_tokenized(self, draft: Draft, tally: Tally) -> bool:
@@ -304,8 +304,8 @@ def language_weights(setting: str | None) -> dict[str, float]:
     return weights
 
 
-def _part_language(marker: str, document: Document) -> str | None:
-    """The language of a part of a document, if redaction has to mind it."""
+def _section_language(marker: str, document: Document) -> str | None:
+    """The language of a section of a document, if redaction has to mind it."""
     if marker == "<jupyter_code>":
         return "Python"
     return document.language if marker in ("", "<commit_before>", "<commit_after>") else None

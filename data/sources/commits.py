@@ -59,9 +59,9 @@ class Commits:
             old, words, new = (data.decode("utf-8") for data in (before, message, after))
         except UnicodeDecodeError:
             return Rejection("not UTF-8", where)
-        parts = (("<commit_before>", old), ("<commit_msg>", words), ("<commit_after>", new))
+        sections = (("<commit_before>", old), ("<commit_msg>", words), ("<commit_after>", new))
         text = "\n".join((old, words, new))
-        return Document(text, repo, f"{commit[:12]}/{path}", language=language_of(path), parts=parts)
+        return Document(text, repo, f"{commit[:12]}/{path}", language=language_of(path), sections=sections)
 
     def _changes(self) -> Iterator[tuple[str, str, str, str]]:
         """Commit, path, and the blobs before and after, of each changed file."""

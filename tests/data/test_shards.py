@@ -34,9 +34,9 @@ def test_missing_cut_or_foreign_files_are_named(copy):
     first.unlink()
     with pytest.raises(ValueError, match=f"{first.name}: missing"):
         shards.split("train")
-    (copy / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer.json: missing, or not the tokenizer of these shards"):
-        shards.tokenizer_json()
+    (copy / "bpe.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"bpe.json: missing, or not the tokenizer of these shards"):
+        shards.tokenizer_text()
     (copy / "meta.json").write_text("{")
     with pytest.raises(ValueError, match=r"meta.json: damaged"):
         Shards(copy)

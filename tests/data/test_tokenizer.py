@@ -45,11 +45,11 @@ def test_text_is_ordinary_text_and_documents_end_with_end_of_text(tokenizer):
 
 
 def test_a_saved_tokenizer_is_the_same_tokenizer(texts, tokenizer, tmp_path):
-    tokenizer.save(tmp_path / "tokenizer.json")
-    loaded = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    tokenizer.save(tmp_path / "bpe.json")
+    loaded = load_tokenizer(str(tmp_path / "bpe.json"))
     assert loaded.sha256 == tokenizer.sha256
     assert all(loaded.encode(text) == tokenizer.encode(text) for text in texts[:50])
-    assert '" self"' in (tmp_path / "tokenizer.json").read_text()
+    assert '" self"' in (tmp_path / "bpe.json").read_text()
 
 
 def test_too_small_a_corpus_says_how_many_ids_it_gave(capsys):
@@ -78,8 +78,8 @@ def test_cl100k_base_survives_its_file(tmp_path, texts):
     tokenizer = load_tokenizer("cl100k_base")
     assert tokenizer.vocab_size == 100_277
     assert tokenizer.undefined_ids() == [100_256, *range(100_261, 100_276)]
-    tokenizer.save(tmp_path / "tokenizer.json")
-    loaded = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    tokenizer.save(tmp_path / "bpe.json")
+    loaded = load_tokenizer(str(tmp_path / "bpe.json"))
     original = tiktoken.get_encoding("cl100k_base")
     assert all(loaded.encode(text) == original.encode_ordinary(text) for text in texts[:50])
 
@@ -95,7 +95,7 @@ def test_no_network_is_an_error_that_says_how_to_go_on(monkeypatch):
 
 @pytest.mark.parametrize("content", ["", "{}", '{"tokens": ["a", "a"]}', "[1]", "\xff\x00"])
 def test_what_is_no_tokenizer_file_is_refused(content, tmp_path):
-    path = tmp_path / "tokenizer.json"
+    path = tmp_path / "bpe.json"
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match="not a tokenizer file"):
         load_tokenizer(str(path))

@@ -14,7 +14,7 @@ PROBLEM = Problem("T/0", "def f():\n", "", "f", None, ("\n\n",))
 
 
 def test_a_prompt_follows_an_end_of_text_and_specials_end_a_completion(shards, monkeypatch):
-    tokenizer = load_tokenizer(str(shards.path / "tokenizer.json")).with_specials(["<mark>"])
+    tokenizer = load_tokenizer(str(shards.path / "bpe.json")).with_specials(["<mark>"])
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=64, vocab_size=513))
     seen = []
     script = [tokenizer.encode("x")[0], tokenizer.specials["<mark>"], tokenizer.encode("y")[0]]
@@ -32,7 +32,7 @@ def test_a_prompt_follows_an_end_of_text_and_specials_end_a_completion(shards, m
 
 def test_a_file_cut_anywhere_goes_on_to_the_same_lines(shards, tmp_path):
     torch.manual_seed(0)
-    tokenizer = load_tokenizer(str(shards.path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(shards.path / "bpe.json"))
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=64, vocab_size=512))
     problems = [PROBLEM._replace(task_id=f"T/{place}") for place in range(3)]
     sampling = Sampling(4, temperature=1.0)

@@ -15,7 +15,7 @@ TEXTS = ["def f(x):\n    return x + 1\n", "import os\n" * 30, "é = '🐍'\n", "
 @pytest.fixture(scope="module")
 def scorer(shards) -> Scorer:
     torch.manual_seed(0)
-    tokenizer = load_tokenizer(str(shards.path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(shards.path / "bpe.json"))
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=48, vocab_size=512)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

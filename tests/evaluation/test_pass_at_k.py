@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from evaluation.pass_at_k import best_of, pass_at_k, summarize, sweep_table, table
+from evaluation.pass_at_k import best_of, pass_at_k, pass_at_k_table, summarize, sweep_table
 
 
 def test_pass_at_k_is_the_combinatorial_formula():
@@ -29,7 +29,7 @@ def test_a_summary_averages_problems_and_skips_what_there_are_too_few_samples_fo
     assert summary["pass@k"] == {"1": pytest.approx(0.5), "2": pytest.approx((0 + 5 / 6 + 1) / 3), "10": None}
     assert summary["standard_error"]["1"] == pytest.approx(0.5 / math.sqrt(3))
     assert summary["outcomes"]["passed"] == 6 and summary["syntax_error_rate"] == 0.5
-    text = table({**summary, "problems": "mine", "seconds": {"judging": 1.0}})
+    text = pass_at_k_table({**summary, "problems": "mine", "seconds": {"judging": 1.0}})
     assert "pass@10    skipped: it takes 10 samples a problem, there are 4" in text
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from inference.generate import generate_tokens
-from inference.optimize import QUANTIZATIONS, Float16Linear, Int8Linear, PackedLinear, prepare
+from inference.optimize import QUANTIZATIONS, Float16Linear, Int8Linear, PackedLinear, optimize
 from model import GPT, KVCache
 
 
@@ -24,7 +24,7 @@ def greedy(model: GPT, n_tokens: int = 100, n_samples: int = 1) -> torch.Tensor:
 @pytest.mark.parametrize("n_samples", [1, 3])
 def test_packed_weights_leave_greedy_decoding_in_fp32_unchanged(model, n_samples):
     packed = copy.deepcopy(model)
-    prepare(packed, n_samples)
+    optimize(packed, n_samples)
     assert isinstance(packed.head, PackedLinear)
     decoded = greedy(packed, n_samples=n_samples)
     assert torch.equal(decoded, greedy(model, n_samples=n_samples)) and len(decoded.unique()) > 10
@@ -32,7 +32,7 @@ def test_packed_weights_leave_greedy_decoding_in_fp32_unchanged(model, n_samples
 
 def test_int8_weights_are_within_half_a_step_of_their_row(model):
     rounded = copy.deepcopy(model)
-    prepare(rounded, quantize="int8")
+    optimize(rounded, quantize="int8")
     assert isinstance(rounded.head, Int8Linear) and rounded.head.weight.dtype == torch.int8
     scale = rounded.head.scale.float()[:, None]
     error = rounded.head.weight * scale - model.wte.weight
@@ -62,7 +62,7 @@ def test_int8_products_read_no_further_than_the_weights(width):
 def test_fp16_weights_decode_as_fp32_does(model):
     rounded = copy.deepcopy(model)
     try:
-        prepare(rounded, 3, "float16")
+        optimize(rounded, 3, "float16")
     except ValueError as error:
         pytest.skip(str(error))  # FBGEMM is for x86
     assert isinstance(rounded.head, Float16Linear)
@@ -86,9 +86,9 @@ def test_products_that_this_torch_lacks_are_refused_by_name_and_a_slow_one_says_
 
     monkeypatch.setitem(QUANTIZATIONS, "int8", Missing)
     with pytest.raises(ValueError, match=r"--quantize=int8: this torch, .* has no such products"):
-        prepare(copy.deepcopy(model), quantize="int8")
+        optimize(copy.deepcopy(model), quantize="int8")
     monkeypatch.setitem(QUANTIZATIONS, "int8", Slow)
-    prepare(copy.deepcopy(model), 8, "int8")
+    optimize(copy.deepcopy(model), 8, "int8")
     assert re.search(
         r"--quantize=int8: decoding 8 at once, this processor takes \d+\.\d times as long as in float32; leave it out, "
         "or decode at most 4 at once",

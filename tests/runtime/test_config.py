@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eval_perplexity import EvalConfig
+from eval_perplexity import PerplexityConfig
 from prepare import PrepareConfig
 from runtime.config import help_text, load_config
 from runtime.errors import UserError
@@ -77,7 +77,7 @@ def test_help_names_every_field_with_its_type_default_and_comment():
     text = help_text(Example)
     assert "--limit: int | None = 3\n        at most; None is no limit" in text
     assert "--name: str = 'a#b'\n        what it is called" in text
-    for cls in (TrainConfig, SampleConfig, EvalConfig, PrepareConfig):
+    for cls in (TrainConfig, SampleConfig, PerplexityConfig, PrepareConfig):
         assert "\n        \n" not in help_text(cls) + "\n", f"a field of {cls.__name__} has no comment"
 
 

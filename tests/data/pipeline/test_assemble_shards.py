@@ -44,7 +44,7 @@ def test_languages_are_weighed_counted_and_validated_apart(tmp_path):
 def test_max_tokens_stops_at_the_document_that_reaches_it(corpus, tmp_path):
     shards = prepared(corpus, tmp_path / "some", "--max_tokens=300_000")
     assert shards.meta["rejected"] == {"beyond max_tokens": shards.meta["rejected"]["beyond max_tokens"]}
-    tokenizer = load_tokenizer(str(shards.path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(shards.path / "bpe.json"))
     kept = {split: texts_of(shards, split) for split in SPLITS}
     n_kept = sum(map(len, kept.values()))
     documents = [row for row in python_documents()[: n_kept + 1]]

@@ -1,7 +1,7 @@
 import numpy as np
 
 from data.pipeline.assemble_shards import EXACT, KEPT
-from data.pipeline.report import examples, sum_up, table
+from data.pipeline.report import examples, report_table, sum_up
 from data.pipeline.work_units import DOCUMENT
 
 
@@ -23,7 +23,7 @@ def test_the_report_adds_units_up_and_says_what_was_chosen():
         "read": {"documents": 10, "bytes": 1000},
         "kept": {"documents": 6, "bytes": 600, "tokens": 60},
     }
-    text = table(report)
+    text = report_table(report)
     assert "dropped, long_line: 4" in text and "HumanEval/3 2" in text and "redacted, email: 8" in text
 
 

@@ -24,13 +24,15 @@ def test_commits_become_before_message_and_after(tmp_path):
         git(tmp_path, "commit", "-m", message)
     source = Commits(tmp_path, max_bytes=150)
     records = list(source.records(skip=0))
-    changes = [(r.path.partition("/")[2], *(text for _, text in r.parts)) for r in records if isinstance(r, Document)]
+    changes = [
+        (r.path.partition("/")[2], *(text for _, text in r.sections)) for r in records if isinstance(r, Document)
+    ]
     assert changes == [
         ("a.py", "x = 1\n", "Second: more\n\nwith a body", "x = 2\n"),
         ("a.py", "x = 2\n", "third", "x = 3\n"),
     ]
     assert [record.reason for record in records if isinstance(record, Rejection)] == ["not UTF-8", "too large"]
     assert records[0].language == "Python" and records[0].repo == tmp_path.name
-    assert [marker for marker, _ in records[0].parts] == ["<commit_before>", "<commit_msg>", "<commit_after>"]
+    assert [marker for marker, _ in records[0].sections] == ["<commit_before>", "<commit_msg>", "<commit_after>"]
     for skip in range(1, len(records) + 1):
         assert list(source.records(skip)) == records[skip:]

@@ -108,7 +108,7 @@ def test_files_of_a_repository_are_read_one_by_one_and_deleted(hub, tmp_path):
     result = prepare(hub, tmp_path, "--val_files=file-*54.json.gz", "--val_fraction=0", *FEW)
     assert result.returncode == 0, result.stderr
     shards = Shards(tmp_path / "shards")
-    tokenizer = load_tokenizer(str(shards.path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(shards.path / "bpe.json"))
     texts = [row["content"] for row in python_documents()]
     for split, expected in (("val", texts[2::3]), ("train", texts[0::3] + texts[1::3])):
         stream = shards.split(split)
