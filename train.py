@@ -1,13 +1,13 @@
-"""Train a GPT on token shards, or go on with a run that was interrupted: the same command does both.
+"""Train a GPT on token shards, or continue a run that was interrupted: the same command does both.
 
     python train.py configs/tiny.py                   # two CPU cores, minutes
     python train.py configs/70m.py                    # one A100: the recipe of CodeGPT-70M
     python train.py configs/70m.py --batch_size=8     # any setting can be changed
-    torchrun --nproc_per_node=8 train.py configs/70m.py   # a process a GPU; each step is shared out among them
+    torchrun --nproc_per_node=8 train.py configs/70m.py   # one process per GPU, each with its share of every step
     python train.py configs/tiny.py --out_dir=out/tuned --init_from=out/tiny --dataset=mine   # fine-tune
 
-Everything goes to `out_dir`: checkpoints (checkpoint.py says which) and metrics.jsonl. On a CPU a run that was killed
-and started again ends with the same weights, bit for bit, as one that was not.
+Everything goes to `out_dir`: metrics.jsonl and the checkpoints (training/run.py says which). On a CPU, a run that was
+killed and started again ends with the same weights, bit for bit, as one that was not.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
@@ -31,35 +31,25 @@ from inference.generate import generate
 from inference.sampling import Sampling
 from model import IGNORE
 from runtime.config import format_config, run_stage
-from runtime.device import autocast, peak_flops, peak_memory_bytes, resolve_device
+from runtime.device import autocast, peak_flops, peak_memory_bytes, resolve_device, rng_state, set_rng_state
 from runtime.errors import UserError
 from runtime.interruption import Interruption
 from training.batch_size import divide_among_ranks, fitting_batch_size, smaller_divisor
 from training.distributed import agree, average, highest, own_device, rank_0_first, rank_and_world, seed_rank, started
 from training.metrics import MetricsLog, Throughput, start_metrics, time_left
 from training.recipe import learning_rate
-from training.run import (
-    Run,
-    RunConfig,
-    compile_model,
-    keep_best,
-    open_dataset,
-    rng_state,
-    save_run,
-    set_rng_state,
-    start_run,
-)
+from training.run import Run, RunConfig, compile_model, keep_best, open_dataset, save_run, start_run
 
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
     eval_interval: int = 250  # steps between evaluations
-    eval_tokens: int = 2**20  # most validation tokens per evaluation
-    sample_interval: int | None = 500  # steps between printed samples; None prints none
+    eval_tokens: int = 2**20  # validation tokens per evaluation, at most
+    sample_interval: int | None = 500  # steps between printed samples; None: never
     sample_prompt: str = "def "  # text that printed samples begin with
-    humaneval_interval: int | None = None  # steps between scorings by running what the model writes; None does none
-    humaneval_problems: str = "humaneval"  # problems to score on: a set by name, or a file, as in eval_humaneval.py
-    humaneval_first: int = 10  # how many of those problems, from the beginning
+    humaneval_interval: int | None = None  # steps between quick scores, which run generated code; None: never
+    humaneval_problems: str = "humaneval"  # problems of the quick score: a set or a file, as in eval_humaneval.py
+    humaneval_first: int = 10  # number of problems in the quick score, from the first of humaneval_problems
     log_interval: int = 10  # steps between lines in metrics.jsonl
     checkpoint_interval: int = 250  # steps between checkpoints
     checkpoint_minutes: float = 10.0  # longest time between checkpoints, minutes
@@ -79,10 +69,10 @@ class TrainConfig(RunConfig):
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Train until `max_steps`, from the run in `out_dir` if there is one. Returns the last evaluation's figures, which
-    under torchrun rank 0 alone has.
+    """Train until `max_steps`, continuing the run in `out_dir` if there is one. Returns the figures of the last
+    evaluation; under torchrun, ranks other than 0 return {}.
 
-    Raises UserError for settings that do not fit the data or the run found, SystemExit after saving on a signal.
+    Raises UserError if the settings do not fit the data or the run in `out_dir`; SystemExit after saving on a signal.
     """
     with started(own_device(resolve_device(config.device))):
         return train_rank(config)
@@ -96,17 +86,19 @@ def train_rank(config: TrainConfig) -> dict[str, Any]:
         config = dataclasses.replace(config, batch_size=batch_size)
         print(format_config(config))
         shards = open_dataset(config)
-        sequences, share = config.tokens_per_step // config.block_size, (rank, world_size, config.tokens_before)
-        loader = Loader(shards.split("train"), config.block_size, sequences, config.seed, *share)
+        sequences = config.tokens_per_step // config.block_size
+        loader = Loader(
+            shards.split("train"), config.block_size, sequences, config.seed, rank, world_size, config.tokens_before
+        )
         val_stream = shards.split("val")
-        Loader(val_stream, config.block_size, 1, config.seed)  # too short a split fails now, not at an evaluation
+        Loader(val_stream, config.block_size, 1, config.seed)  # a split that is too short fails here, before training
         run = start_run(config, shards)
         if config.batch_size is None:
             run.config = config = dataclasses.replace(config, batch_size=fitting_batch_size(run, world_size))
             print(f"batch_size: {config.batch_size}")
     if run.step != highest(run.step):
         raise UserError(f"{config.out_dir}: not the same in every process; name a folder that all machines share")
-    if agree(run.dtype == torch.float32):  # on a CPU each process has measured for itself
+    if agree(run.dtype == torch.float32):  # each process on a CPU measures whether bf16 is fast, and may differ
         run.dtype = torch.float32
     project = config.wandb_project if config.wandb_log else None
     metrics = start_metrics(run, dataclasses.asdict(config), project) if rank == 0 else None
@@ -115,23 +107,22 @@ def train_rank(config: TrainConfig) -> dict[str, Any]:
         f"{config.out_dir}: {run.model.n_parameters():,} parameters, {device}, {run.dtype_name}, "
         f"{len(loader.stream):,} tokens of {shards.path}, from step {run.step} to {config.max_steps}"
     )
-    scored = config.humaneval_interval is not None and rank == 0
+    scores_here = config.humaneval_interval is not None and rank == 0
     try:
         if config.compile and run.step < config.max_steps:
             compile_model(run, Path(config.out_dir) / "compile_cache")
-        with QuickScore(config.humaneval_problems, config.humaneval_first) if scored else nullcontext() as scoring:
+        with QuickScore(config.humaneval_problems, config.humaneval_first) if scores_here else nullcontext() as scoring:
             figures = train_loop(run, config, loader, val_stream, metrics, scoring)
     except torch.OutOfMemoryError:
         raise UserError(
-            f"out of memory at batch_size {run.config.batch_size}; the run is as last saved: go on with a smaller "
-            "--batch_size (the tokens of a step stay the same), or on a larger device"
+            f"out of memory at batch_size {run.config.batch_size}; continue from the last checkpoint with a smaller "
+            "--batch_size (tokens_per_step stays as it is), or on a larger device"
         ) from None
-    if rank:
-        return {}
-    print(
-        f"{config.out_dir}: step {run.step}, {run.tokens:,} tokens, validation loss "
-        f"{figures['val_loss']:.4f}, perplexity {figures['perplexity']:.3f}, {figures['val_bpb']:.4f} bits per byte"
-    )
+    if rank == 0:
+        print(
+            f"{config.out_dir}: step {run.step}, {run.tokens:,} tokens, validation loss {figures['val_loss']:.4f}, "
+            f"perplexity {figures['perplexity']:.3f}, {figures['val_bpb']:.4f} bits per byte"
+        )
     return figures
 
 
@@ -143,15 +134,15 @@ def train_loop(
     metrics: MetricsLog | None,
     scoring: QuickScore | None,
 ) -> dict[str, Any]:
-    """Step, report, evaluate, sample and save until `max_steps`; returns the last evaluation's figures. Ranks other
-    than 0 train, and leave the rest to rank 0."""
+    """Step, report, evaluate, sample and save until `max_steps`; returns the figures of the last evaluation. Every
+    rank trains; rank 0 alone does the rest."""
     rank, world_size = loader.rank, loader.world_size
     figures: dict[str, Any] = {}
     meter = Throughput(run.model.flops_per_token() // world_size, peak_flops(run.device))
-    saved_at, first_step, told_time_left = time.monotonic(), run.step, False
+    saved_at, first_step, time_left_shown = time.monotonic(), run.step, False
 
     def due(interval: int | None) -> bool:
-        """Whether the step just taken is one of every `interval`, or the last."""
+        """Whether the number of steps taken is a multiple of `interval`, or the run is complete."""
         return interval is not None and (run.step % interval == 0 or run.step == config.max_steps)
 
     with (
@@ -166,16 +157,12 @@ def train_loop(
                 lr = learning_rate(run.step, config)
                 result = train_step(run, batches.batch(run.step), lr, interruption)
                 if result is None:  # interrupted: the weights and `rng` are from before this step
-                    if rank == 0:
-                        save_run(run, rng)
-                    agree(True)  # the others wait: torchrun ends all as soon as one has left
-                    saved = f"saved step {run.step} in {config.out_dir}; the same command goes on"
-                    interruption.leave(saved if rank == 0 else None)
+                    save_and_exit(run, rng, rank, interruption)
                 run.step += 1
                 meter.tokens += config.tokens_at(run.step - 1)
-                if due(config.log_interval):  # reading the loss waits for the device, so not at every step
+                if due(config.log_interval):  # not at every step: reading the loss waits for the device
                     loss, grad_norm = require_finite(result, run)
-            if rank:
+            if rank > 0:
                 continue
             bar.update()
             if due(config.log_interval):
@@ -183,9 +170,10 @@ def train_loop(
                 event |= {**meter.read(), "peak_memory_bytes": peak_memory_bytes(run.device)}
                 metrics.write(event)
                 bar.set_postfix_str(f"loss {loss:.3f}, {event['tokens_per_s']:,.0f} tokens/s", refresh=False)
-                if not told_time_left and first_step + 3 <= run.step < config.max_steps:
-                    told_time_left, evaluated = True, (config.eval_interval, config.eval_tokens)
-                    tqdm.write(time_left(config, run.step, *evaluated, event["tokens_per_s"], world_size))
+                if not time_left_shown and first_step + 3 <= run.step < config.max_steps:
+                    time_left_shown = True
+                    evaluations = config.eval_interval, config.eval_tokens
+                    tqdm.write(time_left(config, run.step, *evaluations, event["tokens_per_s"], world_size))
             if due(config.eval_interval):
                 figures = {**progress(run, loader.stream), **evaluate(run, val_stream, config.eval_tokens)}
                 metrics.write(figures)
@@ -198,9 +186,9 @@ def train_loop(
             if due(config.checkpoint_interval) or time.monotonic() - saved_at > 60 * config.checkpoint_minutes:
                 save_run(run, rng_state(run.device))
                 saved_at = time.monotonic()
-    if rank or figures:
-        return figures
-    return {**progress(run, loader.stream), **evaluate(run, val_stream, config.eval_tokens)}
+    if rank == 0 and not figures:  # the run was complete already
+        figures = {**progress(run, loader.stream), **evaluate(run, val_stream, config.eval_tokens)}
+    return figures
 
 
 def train_step(
@@ -209,14 +197,15 @@ def train_step(
     lr: float,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """One optimizer step on the mean loss over all targets that count (not IGNORE) of `batch`, inputs and targets of
-    (sequences, T) each, and of the other ranks' batches. The gradient is accumulated in micro-steps of `batch_size`.
+    """Take one optimizer step on the mean loss over the targets of all ranks' batches that are not IGNORE. `batch` is
+    this rank's inputs and targets, (sequences, T) each; gradients are accumulated in micro-steps of `batch_size`.
 
-    Returns the mean loss and the norm of the gradient before clipping, scalars on the device; or None, with the run
-    untouched, if `interrupted()` came true between two micro-steps, in whichever rank.
+    Returns the mean loss and the norm of the gradient before clipping, scalars on the device. Returns None and leaves
+    weights and optimizers as they were if `interrupted()` is true between two micro-steps, in any rank.
     """
-    for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
-        group["lr"] = lr * group["rate"]
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["rate"]
     mean_loss = accumulate_gradients(run, batch, interrupted)
     if agree(mean_loss is None):
         run.model.zero_grad(set_to_none=True)
@@ -226,10 +215,11 @@ def train_step(
         run.scaler.unscale_(optimizer)
     max_norm = math.inf if run.config.grad_clip is None else run.config.grad_clip
     grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), max_norm)
-    overflowed = run.scaler.is_enabled() and not grad_norm.isfinite()  # in fp16: then no optimizer takes the step
-    with autocast(run.device, run.dtype):  # Muon's products
-        for optimizer in () if overflowed else run.optimizers:
-            run.scaler.step(optimizer)
+    overflowed = run.scaler.is_enabled() and not grad_norm.isfinite()  # in fp16; all optimizers skip this step
+    if not overflowed:
+        with autocast(run.device, run.dtype):  # Muon multiplies matrices
+            for optimizer in run.optimizers:
+                run.scaler.step(optimizer)
     run.scaler.update()
     run.model.zero_grad(set_to_none=True)
     return mean_loss, grad_norm
@@ -238,11 +228,9 @@ def train_step(
 def accumulate_gradients(
     run: Run, batch: tuple[torch.Tensor, torch.Tensor], interrupted: Callable[[], bool]
 ) -> torch.Tensor | None:
-    """The gradients of the mean loss over the targets of `batch` that count, in micro-steps, and that loss; None if
-    `interrupted()` came true.
-
-    Out of memory, it begins again, from the same randomness, with a `batch_size` of half as many sequences.
-    """
+    """Add the gradients of the mean loss over the counted targets of `batch`, in micro-steps, and return that loss, or
+    None if `interrupted()` is true before a micro-step. When memory runs out, it starts over from the same random
+    state with `batch_size` halved."""
     rng = rng_state(run.device)
     while True:
         micro_batches = list(zip(*(half.split(run.config.batch_size) for half in batch), strict=True))
@@ -260,21 +248,21 @@ def accumulate_gradients(
         except torch.OutOfMemoryError:
             if run.config.batch_size == 1:
                 raise
-        loss = None  # and with it all that it holds
+        loss = None  # frees the autograd graph
         run.model.zero_grad(set_to_none=True)
         set_rng_state(rng, run.device)
         torch.cuda.empty_cache()
         run.config = dataclasses.replace(run.config, batch_size=smaller_divisor(run.config.batch_size))
-        tqdm.write(f"warning: out of memory; going on with --batch_size={run.config.batch_size}", file=sys.stderr)
+        tqdm.write(f"warning: out of memory; continuing with --batch_size={run.config.batch_size}", file=sys.stderr)
 
 
 def n_counted(targets: torch.Tensor) -> torch.Tensor:
-    """How many of the targets count in the loss: a scalar on their device, which nothing waits for."""
+    """The number of targets that are not IGNORE, as a scalar on their device: reading it would wait for the device."""
     return (targets != IGNORE).sum()
 
 
 def evaluate(run: Run, stream: TokenStream, max_tokens: int) -> dict[str, Any]:
-    """Loss, perplexity and bits per byte on the validation split, for metrics.jsonl."""
+    """Loss, perplexity and bits per byte on the validation split `stream`, as written to metrics.jsonl."""
     scored = evaluate_loss(
         run.model, stream, run.tokenizer, batch_size=run.config.batch_size, dtype=run.dtype, max_tokens=max_tokens
     )
@@ -286,7 +274,7 @@ def evaluate(run: Run, stream: TokenStream, max_tokens: int) -> dict[str, Any]:
 
 
 def score(run: Run, scoring: QuickScore, metrics: MetricsLog) -> None:
-    """Score what the model writes, as an event of metrics.jsonl, unless that would take too much of the time."""
+    """Write the quick score to metrics.jsonl and print it; `scoring` skips it if it would take too long."""
     figures = scoring.score(run.model, run.tokenizer)
     if figures is not None:
         metrics.write({"step": run.step, **figures})
@@ -294,29 +282,37 @@ def score(run: Run, scoring: QuickScore, metrics: MetricsLog) -> None:
 
 
 def progress(run: Run, stream: TokenStream) -> dict[str, Any]:
-    """How far the run is, for metrics.jsonl: steps, tokens, about how many bytes of text they stand for, FLOPs."""
+    """How far the run is: steps, tokens, bytes of text (estimated from the split's bytes per token) and FLOPs."""
     n_bytes = round(run.tokens * stream.bytes_per_token) if stream.bytes_per_token else None
     flops = run.tokens * run.model.flops_per_token()
     return {"step": run.step, "tokens": run.tokens, "bytes": n_bytes, "flops": flops}
 
 
 def require_finite(result: tuple[torch.Tensor, torch.Tensor], run: Run) -> tuple[float, float]:
-    """Loss and gradient norm as numbers. Raises UserError if one is not finite (in fp16 a norm may be: the scaler
-    left that step out)."""
+    """The loss and the gradient norm as numbers. Raises UserError if one of them is not finite, except a norm in fp16:
+    the scaler skips that step."""
     loss, grad_norm = (value.item() for value in result)
     if not math.isfinite(loss) or not (math.isfinite(grad_norm) or run.scaler.is_enabled()):
         raise UserError(
-            f"step {run.step}: loss is {loss}, gradient norm {grad_norm}; the checkpoints in {run.config.out_dir} are "
-            "from before: go on from there with a lower --learning_rate or --dtype=float32"
+            f"step {run.step}: loss is {loss}, gradient norm {grad_norm}; continue from the last checkpoint in "
+            f"{run.config.out_dir} with a lower --learning_rate or --dtype=float32"
         )
     return loss, grad_norm
 
 
+def save_and_exit(run: Run, rng: dict[str, torch.Tensor], rank: int, interruption: Interruption) -> NoReturn:
+    """Save the run with the random state `rng`, in rank 0, and end the program as the signal would have."""
+    if rank == 0:
+        save_run(run, rng)
+    agree(True)  # all wait until it is saved: torchrun ends every process as soon as one has left
+    saved = f"saved step {run.step} in {run.config.out_dir}; run the same command to continue"
+    interruption.leave(saved if rank == 0 else None)
+
+
 def progress_bar(max_steps: int, step: int, rank: int) -> tqdm:
-    interval_s = 0.5 if sys.stderr.isatty() else 10.0  # a log file gets few lines
-    return tqdm(
-        total=max_steps, initial=step, unit="step", mininterval=interval_s, dynamic_ncols=True, disable=rank > 0
-    )
+    """A bar over all steps, at `step` now; ranks other than 0 show none."""
+    wait_s = 0.5 if sys.stderr.isatty() else 10.0  # a log file gets few lines
+    return tqdm(total=max_steps, initial=step, unit="step", mininterval=wait_s, dynamic_ncols=True, disable=rank > 0)
 
 
 if __name__ == "__main__":

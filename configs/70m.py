@@ -1,5 +1,5 @@
-# CodeGPT-70M's recipe to the letter: 69,560,064 parameters on 3.1B tokens of CodeParrot-clean, one A100.
-# It ended at a validation perplexity of 7.48 (2.012 nats a token, about 0.74 bits per byte). Not yet run here.
+# CodeGPT-70M's published recipe, unchanged: 69,560,064 parameters on 3.1B tokens of CodeParrot-clean, one A100.
+# It ended at a validation perplexity of 7.48 (2.012 nats per token, about 0.74 bits per byte). Not yet run here.
 out_dir = "out/70m"
 dataset = "codeparrot"
 

@@ -1,6 +1,6 @@
-# The fast recipe beside configs/70m.py: Qwen3's architecture with 40.0M parameters, Muon, a vocabulary of 16,384 learnt
-# from the corpus, 0.63B tokens: a fifth of the plain recipe's bytes, 1/7.6 of its FLOPs. At 5.8M parameters a
-# fifth of the bytes was enough (docs/ablation_fifth.md); at this size it has not been run. Its data:
+# The fast counterpart of configs/70m.py: Qwen3's architecture with 40.0M parameters, Muon, a vocabulary of 16,384
+# learnt from the corpus. Its 0.63B tokens are a fifth of the plain recipe's bytes and 1/7.6 of its FLOPs. At 5.8M
+# parameters that was enough (docs/ablation/fast_vs_plain.md); at this size it has not been run. To make its data:
 # python prepare.py configs/data/codeparrot.py --name=codeparrot_16k --tokenizer=train:16384
 out_dir = "out/70m_fast"
 dataset = "codeparrot_16k"

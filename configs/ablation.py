@@ -1,5 +1,5 @@
-# configs/70m.py at a size for two CPU cores: 5.8M parameters, 72% of them the embedding (of the 70M 65%), with its
-# rates, decay and dropout. runs/ablate.sh measures changes against it; docs/log.md has what it comes to.
+# configs/70m.py at a size for two CPU cores: 5.8M parameters, 72% of them in the embedding (65% in the 70M), and the
+# same learning rates, decay and dropout. runs/ablate.sh measures changes against it; docs/log.md has the results.
 out_dir = "out/ablation/plain"
 dataset = "ablation_32k"
 
@@ -16,7 +16,7 @@ tokens_per_step = 2048
 max_steps = 241  # 2 MB of text
 learning_rate = 6e-4
 min_lr = 6e-5
-warmup_steps = 9  # 222 of 5,912
+warmup_steps = 9  # the same share as 222 of 5,912
 weight_decay = 0.01
 
 eval_interval = 1_000_000

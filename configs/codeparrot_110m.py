@@ -1,5 +1,5 @@
-# CodeParrot-small: 110M parameters, GPT-2 at a vocabulary of 32,768, on 29B tokens of CodeParrot-clean. It scored a
-# HumanEval pass@1 of 3.80%, after a day on 16 A100. Never run here.
+# CodeParrot-small: GPT-2 with 110M parameters and a vocabulary of 32,768, on 29B tokens of CodeParrot-clean. It scored
+# a HumanEval pass@1 of 3.80%, after a day on 16 A100. Never run here.
 out_dir = "out/codeparrot_110m"
 dataset = "codeparrot_v2"
 

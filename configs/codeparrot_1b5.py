@@ -1,5 +1,5 @@
-# CodeParrot: 1.5B parameters, GPT-2's architecture, on 26B tokens of CodeParrot-clean. It scored a HumanEval pass@1 of
-# 3.99%, on 16 A100. Never run here.
+# CodeParrot: GPT-2's architecture with 1.5B parameters, on 26B tokens of CodeParrot-clean and 16 A100. It scored a
+# HumanEval pass@1 of 3.99%. Never run here.
 out_dir = "out/codeparrot_1b5"
 dataset = "codeparrot_v2"
 

@@ -1,5 +1,5 @@
-# PolyCoder 160M: rotary positions, a head of its own, 39B tokens in 12 languages. It scored a HumanEval
-# pass@1 of 2.13%. Its rate is not published with the others' figures: GPT-3's for the size. Never run here.
+# PolyCoder 160M: rotary positions, an output head that is not the embedding, 39B tokens in 12 languages. It scored a
+# HumanEval pass@1 of 2.13%. Its learning rate is not published; this is GPT-3's for the size. Never run here.
 out_dir = "out/polycoder_160m"
 dataset = "polycoder"
 

@@ -1,5 +1,5 @@
-# PolyCoder 2.7B: rotary positions, a head of its own, 39B tokens in 12 languages. It scored a HumanEval
-# pass@1 of 5.59%. Six weeks on 8 RTX 8000. Never run here.
+# PolyCoder 2.7B: rotary positions, an output head that is not the embedding, 39B tokens in 12 languages. It scored a
+# HumanEval pass@1 of 5.59%, after six weeks on 8 RTX 8000. Never run here.
 out_dir = "out/polycoder_2b7"
 dataset = "polycoder"
 

@@ -1,5 +1,5 @@
 # StarCoderBase-1B: GPT-2's architecture with one head of keys and values, context 8192, about 1T tokens, half of the
-# documents with their middle to be filled in. It scored a HumanEval pass@1 of 15.17%. Never run here.
+# documents as fill-in-the-middle. It scored a HumanEval pass@1 of 15.17%. Never run here.
 out_dir = "out/starcoder_1b"
 dataset = "starcoder"
 

@@ -1,1 +1,1 @@
-"""From source code to token shards, and the shards."""
+"""Turns source code into token shards, and reads the shards."""

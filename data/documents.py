@@ -1,6 +1,6 @@
-"""What the data stage is about: documents, why a record is none, and inputs that give both.
+"""Documents, rejected records, and the inputs that yield them.
 
-An input is a sequence of records in a fixed order, readable from any place on. A record is a Document or a Rejection.
+An input is a sequence of records in a fixed order, readable from any index on. A record is a Document or a Rejection.
 """
 
 import hashlib
@@ -16,42 +16,42 @@ class Document(NamedTuple):
     text: str  # the file's whole text
     repo: str  # repository or package: train and validation never share one
     path: str  # within the repository
-    licenses: tuple[str, ...] = ()  # as the source names them
-    language: str | None = None  # as in LANGUAGES, or as the source names it
+    licenses: tuple[str, ...] = ()  # spelled as in the source
+    language: str | None = None  # spelled as in LANGUAGES; a language not in there as in the source
     stars: int | None = None
-    sections: tuple[tuple[str, str], ...] = ()  # a notebook's or commit's texts, each after its marker; else empty
+    sections: tuple[tuple[str, str], ...] = ()  # (marker, text) pairs of a notebook or commit; else empty
 
 
 class Rejection(NamedTuple):
-    reason: str  # counted by this
-    where: str  # for a person to look at
+    reason: str  # rejections are counted by reason
+    where: str  # tells a person where to look
 
 
 class Input(Protocol):
     """A part of a source that can be read by itself."""
 
     name: str
-    text_bytes: int  # about how much text it holds
-    version: str  # names and sizes: changes when the records or their order may have; the same on every machine
+    text_bytes: int  # size of its text, estimated
+    version: str  # made of names and sizes: differs if the records or their order may differ; equal on all machines
 
     def records(self, skip: int) -> Iterator[Document | Rejection]:
-        """The records in order, but for the first `skip`."""
+        """Yields the records in order, without the first `skip`."""
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    source: str = "local"  # local, dir:PATH, files:GLOB, hub:NAME[:GLOB] or commits:PATH; several joined by ;
-    package_bytes: int | None = None  # of `local`, take about this much of a package at most; None takes all
-    revision: str | None = None  # of hub: a commit, tag or branch; None takes the newest; the commit is pinned
-    retry_s: float = 5.0  # first wait after a network failure, seconds; doubles up to ten minutes
-    text_column: str = "content,text,code"  # of rows: the first of these columns that is there
-    repo_column: str | None = "repo_name,repository_name,max_stars_repo_name,repo"  # None: each row its own repository
-    path_column: str = "path,max_stars_repo_path,file_path"  # likewise
-    license_column: str = "license,licenses,max_stars_repo_licenses,license_type"  # likewise
-    language_column: str = "language,lang"  # likewise
-    stars_column: str = "stars,max_stars_count,star_count"  # likewise
-    language: str | None = None  # of documents whose language neither a column nor the path's extension tells
-    max_document_bytes: int = 2**24  # larger documents are rejected; bytes
+    source: str = "local"  # local, dir:PATH, files:GLOB, hub:NAME[:GLOB] or commits:PATH; join several with ;
+    package_bytes: int | None = None  # source local: about the most bytes taken from one package; None takes all
+    revision: str | None = None  # source hub: commit, tag or branch; None: newest; the commit found is recorded
+    retry_s: float = 5.0  # seconds to wait after the first network failure; doubles up to ten minutes
+    text_column: str = "content,text,code"  # columns to try for the text: the first with a value is used
+    repo_column: str | None = "repo_name,repository_name,max_stars_repo_name,repo"  # repository name; None: one per row
+    path_column: str = "path,max_stars_repo_path,file_path"  # columns to try for the file's path in its repository
+    license_column: str = "license,licenses,max_stars_repo_licenses,license_type"  # columns to try for the licences
+    language_column: str = "language,lang"  # columns to try for the language, before the path's extension
+    stars_column: str = "stars,max_stars_count,star_count"  # columns to try for the repository's stars
+    language: str | None = None  # language of documents if neither a column nor the path's extension tells it
+    max_document_bytes: int = 2**24  # documents of more bytes are rejected
 
     def __post_init__(self) -> None:
         if self.max_document_bytes < 1:
@@ -100,12 +100,12 @@ _BY_LOWER_CASE = {language.lower(): language for language in LANGUAGES.values()}
 
 
 def language_of(path: str) -> str | None:
-    """The language that a path's extension names, as in LANGUAGES."""
+    """The language of a path's extension; None if LANGUAGES does not have it."""
     return LANGUAGES.get(os.path.splitext(path)[1].lower())
 
 
 def language_named(name: str) -> str:
-    """A language as LANGUAGES spells it, whatever the case of its letters; a name not in there as it is."""
+    """The spelling in LANGUAGES of a language given in any case; a language not in there stays as it is."""
     return _BY_LOWER_CASE.get(name.lower(), name)
 
 
@@ -115,7 +115,7 @@ def fraction(key: str) -> float:
 
 
 def digest_of(lines: Iterator[str]) -> str:
-    """sha256 of some lines."""
+    """The sha256 of the lines joined by newlines, in hexadecimal."""
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 

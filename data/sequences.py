@@ -1,7 +1,7 @@
-"""How a document becomes a sequence: plain, with StarCoder's metadata, for filling in the middle, from a notebook.
+"""Turns documents into sequences: plain, with StarCoder's metadata, for filling in the middle, or from a notebook.
 
-A sequence is a list of pieces: a Special stands for a special token, any other string is ordinary text. What is drawn
-by chance depends on the seed and the document alone. `restore` is the way back.
+A sequence is a list of pieces. A Special stands for a special token, any other string is ordinary text. Random choices
+depend only on the seed and the document. `restore` turns a sequence back into the text.
 
 Sources: StarCoder (specials, metadata, notebooks, commits); Bavarian et al., "Efficient training of language models to
 fill in the middle", 2022 (PSM and SPM, cut by characters).
@@ -17,11 +17,9 @@ from data.tokenizer import Special
 from runtime.errors import UserError
 
 NOTEBOOK = "Jupyter Notebook"
-FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX, FIM_PAD = (
-    Special(f"<{name}>") for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad")
-)
-FILENAME, STARS, REPO = Special("<filename>"), Special("<gh_stars>"), Special("<reponame>")
-# StarCoder's, in its order; end-of-text, the first, every tokenizer here has already.
+FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX = map(Special, ("<fim_prefix>", "<fim_middle>", "<fim_suffix>"))
+FIM_PAD, FILENAME, STARS, REPO = map(Special, ("<fim_pad>", "<filename>", "<gh_stars>", "<reponame>"))
+# StarCoder's special tokens in its order, without end-of-text, which every tokenizer here has already.
 SPECIALS = (
     *(FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX, FIM_PAD, FILENAME, STARS),
     *map(Special, ("<issue_start>", "<issue_comment>", "<issue_closed>")),
@@ -30,15 +28,15 @@ SPECIALS = (
     REPO,
 )
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-MAX_OUTPUT = 2000  # characters kept of a cell's output
+MAX_OUTPUT = 2000  # characters of a cell's output that are kept
 
 
 @dataclass(frozen=True)
 class FormatConfig:
-    metadata_rate: float = 0.0  # chance of each of repository, file name and stars before a training document
-    fim_rate: float = 0.0  # share of the training documents cut and reordered for filling in the middle
-    spm_rate: float = 0.5  # share of those in the order suffix, prefix, middle; the rest prefix, suffix, middle
-    notebooks: bool = False  # .ipynb files as their text, code and output; False takes them as JSON
+    metadata_rate: float = 0.0  # chance for each of repository, file name and stars to precede a training document
+    fim_rate: float = 0.0  # share of training documents cut and reordered for filling in the middle
+    spm_rate: float = 0.5  # share of fill-in-the-middle documents ordered suffix, prefix, middle (SPM, not PSM)
+    notebooks: bool = False  # turn .ipynb files into their text, code and output; False keeps the JSON
 
     def __post_init__(self) -> None:
         for name in ("metadata_rate", "fim_rate", "spm_rate"):
@@ -47,27 +45,27 @@ class FormatConfig:
 
 
 def sequence(document: Document, config: FormatConfig, seed: int) -> list[str]:
-    """The pieces of a training document. A notebook's and a commit's sections keep their order."""
+    """The pieces of a training document. The sections of a notebook or commit keep their order."""
     if document.sections or not (config.metadata_rate or config.fim_rate):
         return plain(document)
     chance = random.Random(f"{seed}\0{document.repo}\0{document.path}\0{document.text}")
-    pieces = _metadata(document, config.metadata_rate, chance)
-    code = ["\n", document.text] if pieces else [document.text]
+    metadata = _metadata(document, config.metadata_rate, chance)
+    code = [document.text]
     if chance.random() < config.fim_rate:
-        code = code[:-1] + fill_in_the_middle(document.text, chance, spm=chance.random() < config.spm_rate)
-    return _joined(pieces + code)
+        code = fill_in_the_middle(document.text, chance, spm=chance.random() < config.spm_rate)
+    return _joined([*metadata, "\n", *code] if metadata else code)
 
 
 def plain(document: Document) -> list[str]:
-    """The pieces of a validation document: its text as it is, a notebook's or commit's sections with their markers."""
+    """The pieces of a validation document: its text, or the sections of a notebook or commit with their markers."""
     if not document.sections:
         return [document.text]
     return _joined([piece for marker, text in document.sections for piece in (Special(marker), text) if piece])
 
 
 def fill_in_the_middle(text: str, chance: random.Random, spm: bool) -> list[str]:
-    """Cut at two uniform places into prefix, middle and suffix, and put the middle last. In SPM the prefix comes right
-    before it, without a border of their own."""
+    """Cuts the text at two uniformly random positions into prefix, middle and suffix, and puts the middle last. In SPM
+    the prefix stands right before the middle, without a marker between them."""
     start, end = sorted((chance.randint(0, len(text)), chance.randint(0, len(text))))
     prefix, middle, suffix = text[:start], text[start:end], text[end:]
     if spm:
@@ -76,7 +74,7 @@ def fill_in_the_middle(text: str, chance: random.Random, spm: bool) -> list[str]
 
 
 def restore(pieces: list[str]) -> str:
-    """The text that `sequence` was given, from its pieces: without metadata, the middle put back."""
+    """The text of a document from the pieces that `sequence` made of it."""
     texts: dict[str, str] = {}
     marker = ""
     for piece in pieces:
@@ -91,7 +89,7 @@ def restore(pieces: list[str]) -> str:
 
 
 def notebook(document: Document) -> Document | Rejection:
-    """A notebook's JSON as sections: each cell's text, or its code and output. `text` becomes the cells' sources."""
+    """The notebook as sections: each cell's text, or its code and output. `text` becomes the sources of all cells."""
     where = f"{document.repo}: {document.path}"
     sections: list[tuple[str, str]] = []
     sources = []
@@ -108,7 +106,7 @@ def notebook(document: Document) -> Document | Rejection:
             else:
                 sections.append(("<jupyter_text>", source))
         text = "\n".join(sources)
-        "".join(section for _, section in sections).encode()
+        "".join(section for _, section in sections).encode()  # a lone surrogate raises
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return Rejection("malformed notebook", where)
     if not sections:
@@ -117,10 +115,12 @@ def notebook(document: Document) -> Document | Rejection:
 
 
 def _metadata(document: Document, rate: float, chance: random.Random) -> list[str]:
-    fields = ((REPO, document.repo), (FILENAME, document.path), (STARS, _bucket(document.stars)))
-    draws = [chance.random() < rate for _ in fields]  # all three, whatever is known: the rest does not shift
-    drawn = [field for field, draw in zip(fields, draws, strict=True) if draw and field[1]]
-    return [piece for marker, value in drawn for piece in (marker, " ".join(value.split("\n")))]
+    pieces: list[str] = []
+    for marker, value in ((REPO, document.repo), (FILENAME, document.path), (STARS, _bucket(document.stars))):
+        drawn = chance.random() < rate  # also for an unknown value, so that later draws do not depend on it
+        if drawn and value:
+            pieces += [marker, value.replace("\n", " ")]
+    return pieces
 
 
 def _bucket(stars: int | None) -> str:
@@ -135,7 +135,7 @@ def _bucket(stars: int | None) -> str:
 
 
 def _joined(pieces: list[str]) -> list[str]:
-    """Neighbouring texts as one piece, and no empty ones, so that text is tokenized across what is no border."""
+    """The pieces without empty texts, and with neighbouring texts joined, so that they are tokenized as one."""
     joined: list[str] = []
     for piece in pieces:
         if joined and not isinstance(piece, Special) and not isinstance(joined[-1], Special):
@@ -150,7 +150,7 @@ def _text(source: str | list[str]) -> str:
 
 
 def _output(output: dict) -> str:
-    """What a reader of the notebook would read; pictures are left out."""
+    """The text of one output of a cell; pictures are left out."""
     if output["output_type"] == "stream":
         return _text(output["text"])
     if output["output_type"] == "error":

@@ -1,10 +1,10 @@
-"""Byte-pair tokenizers: a class over tiktoken.Encoding, its file, and training one on a corpus.
+"""Byte-pair tokenizers: a class around tiktoken.Encoding, its file format, and training on a corpus.
 
     tokenizer = load_tokenizer("cl100k_base")            # or "gpt2", or the path of a bpe.json
     tokenizer = train_tokenizer(texts, vocab_size=4096)  # rustbpe learns the merges, tiktoken encodes with them
 
-The file is JSON: name, split pattern, specials with their ids, and the tokens in order of rank, each byte written as
-the character of that number. The same tokenizer always makes the same file, so its sha256 identifies it.
+The file is JSON: name, split pattern, special tokens with their ids, and the tokens in order of rank, each byte written
+as the character with its number. Equal tokenizers make equal files, so the file's sha256 identifies the tokenizer.
 """
 
 import codecs
@@ -27,13 +27,13 @@ NAMED = ("cl100k_base", "gpt2")
 
 
 class Special(str):
-    """A special token, by its name, among pieces of a document; any other string there is ordinary text."""
+    """The name of a special token, as a piece of a sequence. Any other string in a sequence is ordinary text."""
 
     __slots__ = ()
 
 
 class Tokenizer:
-    """Text to ids and back. Text is always ordinary text: a special's name in it is spelled out, never its id."""
+    """Encodes text as ids and decodes them. The name of a special token in a text is encoded as ordinary text."""
 
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], specials: dict[str, int]):
         self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
@@ -46,28 +46,28 @@ class Tokenizer:
         """The ids of `text` as ordinary text. A lone surrogate, which has no UTF-8 form, becomes U+FFFD."""
         return self.encoding.encode_ordinary(text)
 
-    def encode_pieces(self, pieces: Iterable[str]) -> list[int]:
-        """The ids of Specials and texts, one after the other. Raises UserError on a special that it does not have."""
+    def encode_pieces(self, pieces: Sequence[str]) -> list[int]:
+        """The ids of a sequence of Specials and texts. Raises UserError on a Special that this tokenizer lacks."""
         missing = [piece for piece in pieces if isinstance(piece, Special) and piece not in self.specials]
         if missing:
             raise UserError(f"tokenizer {self.name}: has no {missing[0]}; use a model trained with --fim_rate")
         return [int(token) for piece in pieces for token in self._encode_piece(piece)]
 
     def with_specials(self, names: Iterable[str]) -> "Tokenizer":
-        """This tokenizer with further special tokens, their ids after all others; those it has stay as they are."""
+        """This tokenizer with more special tokens, whose ids follow all others. Those it already has are unchanged."""
         new = [str(name) for name in names if name not in self.specials]
         if not new:
             return self
-        specials = self.specials | {name: self.vocab_size + place for place, name in enumerate(new)}
+        specials = self.specials | {name: self.vocab_size + index for index, name in enumerate(new)}
         ranks = {token: rank for rank, token in enumerate(self.tokens)}
         return Tokenizer(self.name, self.pattern, ranks, specials)
 
     def encode_documents(
         self, documents: Sequence[Sequence[str]], pool: ThreadPoolExecutor | None = None
     ) -> list[np.ndarray | None]:
-        """The ids of each document, then end-of-text, as arrays of uint32. A document is a sequence of pieces: Specials
-        and texts. None for one on which tiktoken's regular expressions give up (a run of a million spaces). The encoder
-        releases the interpreter's lock, so the threads of `pool`, if given, work side by side."""
+        """The ids of each document, uint32, with end-of-text last. A document is a sequence of Specials and texts. The
+        result is None where tiktoken's regular expression gives up (a run of a million spaces). The encoder releases
+        the interpreter's lock, so the threads of `pool`, if given, run in parallel."""
         return list((pool.map if pool else map)(self._encode_document, documents))
 
     def _encode_document(self, pieces: Sequence[str]) -> np.ndarray | None:
@@ -87,33 +87,30 @@ class Tokenizer:
         return self.encoding.decode(ids)
 
     def undefined_ids(self) -> list[int]:
-        """Ids below vocab_size that stand for nothing (cl100k_base has 16 such)."""
+        """The ids below vocab_size that no token has; cl100k_base has 16 of them."""
         return sorted(set(range(self.vocab_size)) - set(range(len(self.tokens))) - set(self.specials.values()))
 
     def bytes_per_id(self) -> np.ndarray:
-        """(vocab_size,) int64: how many bytes of text each id stands for; 0 for specials."""
+        """The bytes of text that each id stands for, int64 (vocab_size,); 0 for special tokens."""
         counts = np.zeros(self.vocab_size, dtype=np.int64)
         counts[: len(self.tokens)] = [len(token) for token in self.tokens]
         return counts
 
     def to_json(self) -> str:
-        """The tokenizer's file as text, one token a line."""
-        return self._json
-
-    @cached_property
-    def _json(self) -> str:
+        """The text of the tokenizer's file, with one token per line."""
         head = {"name": self.name, "pattern": self.pattern, "specials": self.specials}
         lines = [f"{json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
         tokens = ",\n".join(json.dumps(token.decode("latin-1")) for token in self.tokens)
         return "{\n" + "\n".join(lines) + '\n"tokens": [\n' + tokens + "\n]\n}\n"
 
-    @property
+    @cached_property
     def sha256(self) -> str:
+        """The sha256 of the tokenizer's file."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "Tokenizer":
-        """The tokenizer whose file holds `text`. Raises UserError, naming `where`, if it is not one."""
+        """The tokenizer in the `text` of a file. Raises UserError, which names `where`, if the text is not one."""
         try:
             data = json.loads(text)
             ranks = {token.encode("latin-1"): rank for rank, token in enumerate(data["tokens"])}
@@ -140,15 +137,16 @@ class StreamDecoder:
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
+        """The characters that are complete with `token`."""
         return self.utf8.decode(self.encoding.decode_single_token_bytes(token))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for an incomplete character."""
+        """The rest at the end: U+FFFD for an incomplete character, else nothing."""
         return self.utf8.decode(b"", final=True)
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called `name`: one of NAMED, or the path of a tokenizer file. Raises UserError."""
+    """The tokenizer `name`: one of NAMED, or the path of a file. Raises UserError if it is missing or damaged."""
     if name not in NAMED:
         path = Path(name)
         if not path.is_file():
@@ -156,7 +154,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         return Tokenizer.from_json(path.read_bytes().decode("utf-8", "replace"), name)
     try:
         encoding = tiktoken.get_encoding(name)
-    except Exception as error:  # tiktoken lets through whatever its HTTP client raises
+    except Exception as error:  # tiktoken passes on whatever its HTTP client raises
         raise UserError(
             f"tokenizer {name}: could not be downloaded ({type(error).__name__}); connect once, or copy tiktoken's "
             "cache here and set TIKTOKEN_CACHE_DIR to it, or train your own with --tokenizer=train:4096"
@@ -167,12 +165,12 @@ def load_tokenizer(name: str) -> Tokenizer:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learn a byte-level BPE of `vocab_size` ids, end-of-text included, with GPT-4's split pattern.
 
-    A corpus too small for that many gives fewer, and a warning says how many.
+    A corpus that is too small gives fewer ids and a warning. Raises UserError if `vocab_size` is out of range.
     """
     import rustbpe  # only training needs it
 
     if not 257 <= vocab_size <= 2**20:
-        raise UserError(f"a tokenizer of {vocab_size} ids: it takes 256 bytes and end-of-text, 257, to 2**20")
+        raise UserError(f"tokenizer of {vocab_size} ids: ask for 257 (the bytes and end-of-text) to 2**20")
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(iter(texts), vocab_size - 1)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}

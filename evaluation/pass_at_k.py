@@ -1,4 +1,4 @@
-"""Figures of judged samples: pass@k with standard errors, counts of what became of them, and tables of these.
+"""Figures of judged samples: pass@k with standard errors, counts of outcomes and errors, and tables for a terminal.
 
 Source: Chen et al., "Evaluating Large Language Models Trained on Code", 2021, which gives the unbiased estimator.
 """
@@ -18,7 +18,8 @@ SYNTAX_ERRORS = ("SyntaxError", "IndentationError", "TabError")
 def summarize(
     samples: Sequence[dict[str, str]], results: Sequence[dict[str, Any]], ks: Sequence[int]
 ) -> dict[str, Any]:
-    """pass@k with its standard error over the problems, None where a problem has fewer than k samples; counts."""
+    """Returns pass@k and its standard error over the problems, both None if a problem has fewer than k samples, and
+    counts of outcomes, errors and suspicious samples."""
     passed: dict[str, list[bool]] = defaultdict(list)
     for result in results:
         passed[result["task_id"]].append(result["passed"])
@@ -44,32 +45,37 @@ def summarize(
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that one of k samples drawn from n, of which c pass, passes: 1 - C(n - c, k) / C(n, k)."""
-    return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1)) if n - c >= k else 1.0
+    """The chance that at least one of k samples passes, drawn from n of which c pass: 1 - C(n - c, k) / C(n, k)."""
+    if n - c < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
 
 
 def pass_at_k_table(summary: dict[str, Any]) -> str:
-    """The figures for a terminal."""
+    """Formats a summary for a terminal."""
     lines = [f"{summary['problems']}: {summary['n_problems']} problems, {summary['n_samples']} samples"]
     for k, value in summary["pass@k"].items():
         error = summary["standard_error"][k]
-        lines.append(
-            f"  pass@{k:<5} skipped: it takes {k} samples a problem, there are {summary['fewest_samples']}"
-            if value is None
-            else f"  pass@{k:<5} {value:7.2%}" + (f" ± {error:.2%}" if error is not None else "")
-        )
+        if value is None:
+            figure = f"skipped: needs {k} samples per problem, there are {summary['fewest_samples']}"
+        else:
+            figure = f"{value:7.2%}" + (f" ± {error:.2%}" if error is not None else "")
+        lines.append(f"  pass@{k:<5} {figure}")
     outcomes = ", ".join(f"{outcome} {count:,}" for outcome, count in summary["outcomes"].items())
     errors = ", ".join(f"{error} {count:,}" for error, count in list(summary["errors"].items())[:6])
-    lines += [f"  {outcomes}", f"  failed by: {errors or 'none'}"]
-    lines.append(
-        f"  syntax errors {summary['syntax_error_rate']:.1%}; with an __eq__ of their own {summary['eq_classes']:,}; "
-        f"passed, but look at them: {summary['passed_with_tricks']:,}"
-    )
-    return "\n".join([*lines, "  seconds: " + ", ".join(f"{w} {s:.1f}" for w, s in summary["seconds"].items())])
+    seconds = ", ".join(f"{activity} {s:.1f}" for activity, s in summary["seconds"].items())
+    lines += [
+        f"  {outcomes}",
+        f"  failed by: {errors or 'none'}",
+        f"  syntax errors {summary['syntax_error_rate']:.1%}; samples that define __eq__ {summary['eq_classes']:,}; "
+        f"passed, but suspicious: {summary['passed_with_tricks']:,}",
+        f"  seconds: {seconds}",
+    ]
+    return "\n".join(lines)
 
 
 def best_of(summaries: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """The temperature with the highest pass@k, for each k; None if it was skipped."""
+    """Returns for each k the temperature with the highest pass@k, or None if pass@k was skipped."""
     best: dict[str, float | None] = {}
     for k in summaries[0]["pass@k"]:
         scored = [s for s in summaries if s["pass@k"][k] is not None]
@@ -78,13 +84,12 @@ def best_of(summaries: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def sweep_table(sweep: dict[str, Any]) -> str:
-    """Temperatures by ks, the best of each k with a star."""
-    ks = list(sweep["best"])
-    lines = ["temperature  " + "  ".join(f"{'pass@' + k:>9}" for k in ks)]
+    """Formats a table of temperatures and ks, with a star at the best temperature for each k."""
+    lines = ["temperature  " + "  ".join(f"{'pass@' + k:>9}" for k in sweep["best"])]
     for summary in sweep["sweep"]:
-        cells = []
-        for k in ks:
-            value, star = summary["pass@k"][k], "*" if sweep["best"][k] == summary["temperature"] else " "
-            cells.append(f"{'skipped':>9}" if value is None else f"{value:8.2%}{star}")
-        lines.append(f"{summary['temperature']:11g}  " + "  ".join(cells))
+        row = f"{summary['temperature']:11g}"
+        for k, value in summary["pass@k"].items():
+            star = "*" if sweep["best"][k] == summary["temperature"] else " "
+            row += f"  {'skipped':>9}" if value is None else f"  {value:8.2%}{star}"
+        lines.append(row)
     return "\n".join(lines)

@@ -1,9 +1,8 @@
-"""The decoder: prompts in, completions out, drawn token by token on a cache of keys and values.
+"""The decoder: prompts in, completions out, drawn token by token with a cache of keys and values.
 
-Past the end of the context the window moves on by half a context at a time: the token after n tokens is predicted from
-those from place s = window_start(n, block_size) on, at positions that count from 0 at s. The cache is refilled at each
-move, on average one more token of work for each token sampled, and what is sampled is what full forward passes over
-the same windows would give.
+Beyond the context, the window moves on by half a context at a time: the token after n tokens is predicted from those
+from index s = window_start(n, block_size) on, at positions counted from s. Each move refills the cache, on average one
+more token of work per sampled token. What is sampled equals what full forward passes over the same windows would give.
 """
 
 from collections.abc import Callable, Collection, Generator, Sequence
@@ -21,8 +20,8 @@ class Completion(NamedTuple):
     """What a model wrote after a prompt."""
 
     text: str  # up to the first stop
-    raw: str  # all of it, the stop string and what came with it in the same token included
-    finish: str  # what ended it: stop, a string or a special id; or length, max_new_tokens
+    raw: str  # all of it: also the stop string, and what came with that in the same token
+    finish: str  # what ended it: "stop" (a stop string or id) or "length" (max_new_tokens)
 
 
 def generate(
@@ -34,78 +33,91 @@ def generate(
     n_samples: int = 1,
     stop: Sequence[str] = (),
     stop_ids: Collection[int] = (),
-    on_text: Callable[[int, str], None] = lambda row, text: None,
+    on_text: Callable[[int, str], None] = lambda number, text: None,
 ) -> list[Completion]:
-    """`n_samples` completions of `prompt`, which is a text or a list of texts and Specials; the completions do not
-    repeat it. Each ends at end-of-text or another of `stop_ids`, before the first string of `stop`, or after
-    `max_new_tokens`. The prompt is read once, and every completion drawn independently from its first token on.
-    `on_text(row, text)` is called with each piece as soon as it is certain.
+    """Returns `n_samples` completions of `prompt`, a text or a list of texts and Specials; they do not repeat it.
 
-    A prompt longer than the context loses its beginning. Raises UserError for one of no tokens.
+    A completion ends at end-of-text or another of `stop_ids`, before the first string of `stop`, or after
+    `max_new_tokens`. The prompt is read once, and each completion is drawn independently from its first token on.
+    `on_text(number, text)` is called with each piece of completion `number` as soon as it is certain.
+    A prompt longer than the context loses its beginning. Raises UserError for a prompt of no tokens.
     """
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_pieces(prompt)
     if not ids:
         raise UserError("the prompt has no tokens; give at least one character, a newline will do")
-    context = model.config.block_size
     device = model.wte.weight.device
-    generator = torch.Generator(device).manual_seed(sampling.seed)
-    beyond = range(tokenizer.vocab_size, model.config.vocab_size)
-    banned = torch.tensor([*tokenizer.undefined_ids(), *beyond], dtype=torch.int64, device=device)
-    tokens = torch.tensor([ids[-context:]], device=device)  # (1, T)
-    rows = [_Row(tokenizer, stop, {tokenizer.end_of_text, *stop_ids}) for _ in range(n_samples)]
-
-    def choose(logits: torch.Tensor) -> torch.Tensor:
-        return choose_token(logits.index_fill(-1, banned, -torch.inf), sampling, generator)
-
+    tokens = torch.tensor([ids[-model.config.block_size :]], device=device)  # (1, T)
+    rows = [_Row(i, tokenizer, stop, {tokenizer.end_of_text, *stop_ids}) for i in range(n_samples)]
     training = model.training
     model.eval()
-    steps = generate_tokens(model, tokens, choose, n_samples)
-    going, chosen = list(range(n_samples)), next(steps)  # the rows still decoded, and their next tokens
+    steps = generate_tokens(model, tokens, _chooser(model, tokenizer, sampling), n_samples)
+    batch = rows  # the rows being decoded: all unfinished ones, and finished ones until they are taken out
+    chosen = next(steps)  # (len(batch),), the next token of each
     for n in range(1, sampling.max_new_tokens + 1):
-        for index, token in zip(going, chosen.tolist(), strict=True):
-            if text := rows[index].push(token, last=n == sampling.max_new_tokens):
-                on_text(index, text)
-        left = [place for place, index in enumerate(going) if not rows[index].done]
-        if not left:
+        for row, token in zip(batch, chosen.tolist(), strict=True):
+            if text := row.push(token, last=n == sampling.max_new_tokens):
+                on_text(row.number, text)
+        unfinished = [i for i, row in enumerate(batch) if not row.done]  # indices into the batch
+        if not unfinished:
             break
-        # A copy of the cache pays when it leaves out many; not where each shape would be compiled anew.
-        if len(left) <= len(going) // 2 and model.compiled_decode is None:
-            going = [going[place] for place in left]
-            chosen = steps.send(torch.tensor(left, device=device))
+        # Taking rows out copies the cache: worth it if half of them go, but not if a compiled step would recompile.
+        if len(unfinished) <= len(batch) // 2 and model.compiled_decode is None:
+            batch = [batch[i] for i in unfinished]
+            chosen = steps.send(torch.tensor(unfinished, device=device))
         else:
             chosen = next(steps)
     model.train(training)
     return [Completion(row.text, row.raw, row.finish) for row in rows]
 
 
+def _chooser(model: GPT, tokenizer: Tokenizer, sampling: Sampling) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that draws the next tokens (B,) from logits (B, V), never ids that the tokenizer does not have."""
+    device = model.wte.weight.device
+    generator = torch.Generator(device).manual_seed(sampling.seed)
+    beyond = range(tokenizer.vocab_size, model.config.vocab_size)
+    banned = torch.tensor([*tokenizer.undefined_ids(), *beyond], dtype=torch.int64, device=device)
+    return lambda logits: choose_token(logits.index_fill(-1, banned, -torch.inf), sampling, generator)
+
+
 def generate_tokens(
     model: GPT, tokens: torch.Tensor, choose: Callable[[torch.Tensor], torch.Tensor], n_samples: int = 1
 ) -> Generator[torch.Tensor, torch.Tensor | None, None]:
-    """Without end, the next token of each row, (B,): `choose(logits)` of the logits (B, V) that follow `tokens` (B, T)
-    and what was chosen before. A single row of tokens is read once and continued as `n_samples`. Sending the places of
-    rows, int64, goes on with these alone."""
-    block_size, start, cache = model.config.block_size, -1, None
+    """Yields the next token of each row, (B,), without end: `choose(logits)` of the logits (B, V) that follow the row.
+    Rows begin as `tokens` (B, T), and grow by what was chosen. A single one is read once and continued as `n_samples`.
+
+    `send(indices)` instead of `next()` first drops all rows but these: int64 indices into the current rows.
+    """
+    block_size = model.config.block_size
+    with torch.inference_mode():
+        cache, logits = _prefill(model, tokens)
+        if len(tokens) < n_samples:
+            cache = cache.take(torch.zeros(n_samples, dtype=torch.int64, device=tokens.device))
+            logits, tokens = logits.expand(n_samples, -1), tokens.expand(n_samples, -1)  # (B, V), (B, T)
     while True:
         with torch.inference_mode():
-            moved = window_start(tokens.size(1), block_size) != start
-            if moved:
-                start = window_start(tokens.size(1), block_size)
-                cache = new_cache(model, len(tokens))
-            logits = model.decode(tokens[:, start:] if moved else tokens[:, -1:], cache)
-            if len(tokens) < n_samples:
-                cache = cache.take(torch.zeros(n_samples, dtype=torch.int64, device=tokens.device))
-                logits, tokens = logits.expand(n_samples, -1), tokens.expand(n_samples, -1)
-            chosen = choose(logits)
-            tokens = torch.cat((tokens, chosen[:, None]), dim=1)
-        rows = yield chosen
-        if rows is not None:
-            with torch.inference_mode():
-                cache, tokens, n_samples = cache.take(rows), tokens[rows], len(rows)
+            chosen = choose(logits)  # (B,)
+            tokens = torch.cat((tokens, chosen[:, None]), dim=1)  # (B, T + 1)
+        kept = yield chosen
+        with torch.inference_mode():
+            if kept is not None:
+                cache, tokens = cache.take(kept), tokens[kept]
+            T = tokens.size(1)
+            if window_start(T, block_size) == window_start(T - 1, block_size):
+                logits = model.decode(tokens[:, -1:], cache)  # (B, V)
+            else:
+                cache, logits = _prefill(model, tokens)
+
+
+def _prefill(model: GPT, tokens: torch.Tensor) -> tuple[KVCache, torch.Tensor]:
+    """A cache of the last window of tokens (B, T), and the logits (B, V) that follow it."""
+    cache = new_cache(model, len(tokens))
+    start = window_start(tokens.size(1), model.config.block_size)
+    return cache, model.decode(tokens[:, start:], cache)
 
 
 def new_cache(model: GPT, batch_size: int) -> KVCache:
-    """An empty cache of the kind that is fast where the model is. On a GPU each kernel's launch costs: one of static
-    shape. On a CPU attention over all its places would, and so does bf16, for single tokens: 2 to 6 times."""
+    """An empty cache of the kind that is fast on the model's device. On a GPU it is static, so that kernels launch as
+    one graph. On a CPU it is not, and it is fp32: attention of single tokens is 2 to 6 times as slow in bf16."""
     weight = model.wte.weight
     on_gpu = weight.device.type == "cuda"
     dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
@@ -113,7 +125,7 @@ def new_cache(model: GPT, batch_size: int) -> KVCache:
 
 
 def window_start(n_tokens: int, block_size: int) -> int:
-    """The first of `n_tokens` that the model sees: 0 while all fit, then on by half a context at a time."""
+    """Index of the first of `n_tokens` that the model sees: 0 while all fit, then it moves by half a context."""
     stride = max(1, block_size // 2)
     return -(-max(0, n_tokens - block_size) // stride) * stride
 
@@ -121,28 +133,33 @@ def window_start(n_tokens: int, block_size: int) -> int:
 class _Row:
     """The text of one completion as its tokens arrive, cut at the first stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], stop_ids: Collection[int]):
-        self.decoder, self.stop, self.stop_ids = StreamDecoder(tokenizer), stop, stop_ids
-        self.text, self.raw, self.sent, self.finish = "", "", 0, ""
+    def __init__(self, number: int, tokenizer: Tokenizer, stop: Sequence[str], stop_ids: Collection[int]):
+        self.number, self.decoder, self.stop, self.stop_ids = number, StreamDecoder(tokenizer), stop, stop_ids
+        self.text, self.raw, self.finish = "", "", ""
+        self.n_sent = 0  # characters of the text that were returned as certain
 
     @property
     def done(self) -> bool:
         return bool(self.finish)
 
     def push(self, token: int, last: bool) -> str:
-        """Take the next token; returns the text that has become certain. Once done, takes no more."""
+        """Add the next token; returns the text that has become certain. A finished row ignores the token."""
         if self.done:
             return ""
-        self.finish = "stop" if token in self.stop_ids else "length" if last else ""
-        self.text += "" if token in self.stop_ids else self.decoder.push(token)
-        self.text += self.decoder.flush() if self.done else ""
+        if token in self.stop_ids:
+            self.finish = "stop"
+        else:
+            self.text += self.decoder.push(token)
+            self.finish = "length" if last else ""
+        if self.done:
+            self.text += self.decoder.flush()
         self.raw = self.text
         cuts = [self.text.find(stop) for stop in self.stop if stop in self.text]
         if cuts:
             self.text, self.finish = self.text[: min(cuts)], "stop"
-        sent, self.sent = self.sent, len(self.text) - (0 if self.done else self._held_back())
-        return self.text[sent : self.sent]
+        start, self.n_sent = self.n_sent, len(self.text) - (0 if self.done else self._n_held_back())
+        return self.text[start : self.n_sent]
 
-    def _held_back(self) -> int:
+    def _n_held_back(self) -> int:
         """How many characters at the end may turn out to be the beginning of a stop string."""
         return max((n for stop in self.stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)

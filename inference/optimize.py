@@ -1,16 +1,16 @@
-"""A model made ready for decoding, where a token costs the reading of every weight: packed, or in fewer bytes.
+"""Make a model ready for decoding, where each token costs the reading of every weight: pack or quantize the weights.
 
-On a CPU weights are packed once into the blocks in which oneDNN's products read them, which nn.Linear does at every
-call. `quantize` stores them in fewer bytes, which makes decoding of one to four rows faster:
+On a CPU, weights are packed once into the blocks that oneDNN's products read; nn.Linear does that at every call.
+`quantize` stores them in fewer bytes, which makes decoding of one to four rows faster:
 
     float16   half of fp32's bytes, products in fp32 (FBGEMM's, x86 only); logits are within 0.1%
-    int8      a quarter, each output row with a scale of its own (Dettmers et al., "LLM.int8()", 2022); products in bf16
+    int8      a quarter, with a scale per output row (Dettmers et al., "LLM.int8()", 2022); products in bf16
 
-How much that gains depends on the processor, so `optimize` measures, and says so if it is slower than fp32. docs/log.md
-has figures. On a GPU the step of one token is compiled, to be a CUDA graph: written,
-and never run.
+The gain depends on the processor, so `optimize` measures it, and warns if decoding is slower than in fp32. docs/log.md
+has figures. On a GPU the step of one token is compiled to a CUDA graph: written, and never run.
 """
 
+import math
 import sys
 import time
 
@@ -22,11 +22,11 @@ from model import GPT, KVCache
 from runtime.device import relative_time
 from runtime.errors import UserError
 
-MEASURED_WEIGHTS = 2**24  # of the head, at most, with which layers are timed: more than a CPU's cache holds
+MEASURED_WEIGHTS = 2**24  # of the head, at most, to time layers with: more than a CPU's cache holds
 
 
 class PackedLinear(nn.Module):
-    """x weight^T + bias, of a weight (N, K) in the layout of a CPU's products for `batch_size` rows."""
+    """x weight^T + bias, with a weight (N, K) in the layout of oneDNN's products for `batch_size` rows."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, batch_size: int):
         super().__init__()
@@ -38,7 +38,7 @@ class PackedLinear(nn.Module):
 
 
 class PlainLinear(nn.Module):
-    """x weight^T + bias, of a weight (N, K) as it is: where nothing better is to be had."""
+    """x weight^T + bias, with a weight (N, K) as it is: the fallback."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, batch_size: int):
         super().__init__()
@@ -49,7 +49,7 @@ class PlainLinear(nn.Module):
 
 
 class Float16Linear(nn.Module):
-    """x weight^T + bias, of a weight (N, K) rounded to fp16, which is widened again in the product's registers."""
+    """x weight^T + bias, with a weight (N, K) rounded to fp16; the product widens it to fp32 in registers."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, batch_size: int):
         super().__init__()
@@ -60,20 +60,20 @@ class Float16Linear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """x weight^T + bias, of a weight (N, K) rounded to int8."""
+    """x weight^T + bias, with a weight (N, K) rounded to int8."""
 
-    MOST_ROWS = 4  # of activations for which torch's int8 product is the faster
-    STRIDE = 32  # columns that it reads at once: of a width that is no multiple, it reads past the end
+    MOST_ROWS = 4  # rows of x up to which torch's int8 product is faster than a dequantized one
+    STRIDE = 32  # columns that it reads at once; of a width that is no multiple of this it reads past the end
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, batch_size: int):
         super().__init__()
         on_cpu = weight.device.type == "cpu"
-        # torch's int8 product is a loop of single numbers in fp32 on a CPU without AVX-512, and fast in bf16 on all.
+        # On a CPU without AVX-512 torch's int8 product is a scalar loop for fp32; for bf16 it is fast on all CPUs.
         self.few_dtype = torch.bfloat16 if on_cpu else weight.dtype
         emulated = on_cpu and weight.dtype != torch.float32 and relative_time(weight.dtype) > 1
         self.many_dtype = torch.float32 if emulated else weight.dtype
         self.most_rows = self.MOST_ROWS if on_cpu and weight.size(1) % self.STRIDE == 0 else 0
-        scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-7) * (1 + 2**-8)  # so that bf16 rounds none too small
+        scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-7) * (1 + 2**-8)  # bf16 must not round it too small
         self.scale = scale.to(self.few_dtype)  # (N)
         steps = weight.float() / self.scale.float()[:, None]
         self.weight, self.bias = steps.round().clamp(-127, 127).to(torch.int8), bias
@@ -93,11 +93,10 @@ QUANTIZATIONS: dict[str, type[nn.Module]] = {"float16": Float16Linear, "int8": I
 
 @torch.no_grad()
 def optimize(model: GPT, batch_size: int = 1, quantize: str | None = None) -> None:
-    """Put weights as decoding reads them in the place of the linear layers' and the head's, for about `batch_size` rows
-    at once; the embedding stays as it was. `quantize` is None or one of QUANTIZATIONS. The model is for decoding alone
-    then.
+    """Replace, in place, the linear layers and the head by layers that are fast for about `batch_size` rows at once;
+    the embedding stays. The model can then only decode. `quantize` is None or one of QUANTIZATIONS.
 
-    Raises UserError for a quantization that this machine does not have.
+    Raises UserError for a quantization that this machine cannot run.
     """
     head = model.head_weight.detach()
     layer = _choose_layer(head, batch_size, quantize)
@@ -115,12 +114,12 @@ def optimize(model: GPT, batch_size: int = 1, quantize: str | None = None) -> No
 
 
 def _choose_layer(head: torch.Tensor, batch_size: int, quantize: str | None) -> type[nn.Module]:
-    """The kind of layer that this torch, on this machine, has for weights like `head`."""
+    """The kind of layer to use for weights like `head`: one that this torch can run on this machine."""
     if quantize is None:
         packs = head.device.type == "cpu" and _runs(PackedLinear, head, batch_size)
         return PackedLinear if packs else PlainLinear
     if quantize == "float16" and head.device.type != "cpu":
-        raise UserError("--quantize=float16: for CPUs; on this device use --dtype=float16")
+        raise UserError("--quantize=float16: only for CPUs; on this device use --dtype=float16")
     layer = QUANTIZATIONS[quantize]
     if not _runs(layer, head, batch_size):
         raise UserError(
@@ -143,20 +142,19 @@ def _runs(layer: type[nn.Module], weight: torch.Tensor, batch_size: int) -> bool
 
 
 def _warn_if_slower(layer: type[nn.Module], head: torch.Tensor, batch_size: int, quantize: str | None) -> None:
-    """Say by how much decoding `batch_size` rows is slower here than in fp32, if it is: measured on the head, or a part
-    of it, in turn."""
+    """Warn if decoding `batch_size` rows with `layer` is slower here than in fp32, timed on a part of the head."""
     if head.dtype == torch.float32 and quantize is None:
         return
     weight = head[: max(1, MEASURED_WEIGHTS // head.size(1))]
     fp32 = weight.float()
-    kinds = {"fp32": (_choose_layer(fp32, batch_size, None), fp32), "this": (layer, weight)}
-    layers = {name: kind(tensor, None, batch_size) for name, (kind, tensor) in kinds.items()}
-    inputs = {name: tensor.new_ones(batch_size, tensor.size(1)) for name, (_, tensor) in kinds.items()}
-    best_s = {name: min(_seconds_of(made, inputs[name]) for _ in range(2)) for name, made in layers.items()}
-    for _ in range(5):
-        for name, made in layers.items():
-            best_s[name] = min(best_s[name], _seconds_of(made, inputs[name]))
-    times = best_s["this"] / best_s["fp32"]
+    x, x_fp32 = (tensor.new_ones(batch_size, tensor.size(1)) for tensor in (weight, fp32))
+    made = layer(weight, None, batch_size)
+    made_fp32 = _choose_layer(fp32, batch_size, None)(fp32, None, batch_size)
+    best_s = best_fp32_s = math.inf
+    for _ in range(7):  # in turn, so that both meet the same load
+        best_s = min(best_s, _seconds_of(made, x))
+        best_fp32_s = min(best_fp32_s, _seconds_of(made_fp32, x_fp32))
+    times = best_s / best_fp32_s
     if times > 1.1:
         flag = f"--quantize={quantize}" if quantize else f"--dtype={str(head.dtype).removeprefix('torch.')}"
         remedy = ", or decode at most 4 at once" if quantize == "int8" and batch_size > 4 else ""
@@ -174,7 +172,7 @@ def _seconds_of(layer: nn.Module, x: torch.Tensor) -> float:
 
 
 def compile_step(model: GPT, batch_size: int) -> None:
-    """Compile the step of one token, trying it on `batch_size` rows; where that fails, warn and leave it as it was."""
+    """Compile the step of one token and try it on `batch_size` rows. If that fails, warn and decode without it."""
     model.compile_decoding()
     weight = model.wte.weight
     cache = KVCache(model.config, batch_size, weight.device, weight.dtype, static=True)

@@ -1,1 +1,1 @@
-"""Kernels that torch lacks or that are faster here."""
+"""Kernels that torch does not have, or that are faster than torch's."""

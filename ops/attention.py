@@ -1,9 +1,9 @@
-"""Causal attention for training on a CPU, out of matrix products; elsewhere torch's own is faster.
+"""Causal attention for training: our own kernel in bf16 on a CPU, torch's everywhere else.
 
-torch's fused kernel for CPUs walks tiles too small for bf16 products. Here a chunk of queries meets all keys that it
-may see in one product a head: 1.4 times as fast at 1,024 tokens of 8 heads, 1.9 times at 256 of 4 (docs/log.md). The
-softmax is made again in the backward pass (Dao et al., "FlashAttention", 2022), so nothing of T x T size is kept. In
-fp32 torch's kernel is the faster, 1.1 to 1.2 times, and where bf16 is emulated, 1.8 to 3.7 times.
+torch's fused kernel for CPUs works on tiles that are too small for bf16 products. Ours multiplies a chunk of queries
+with all keys that they may see, one product per head: 1.4 times as fast at 1,024 tokens of 8 heads, 1.9 times at 256 of
+4 (docs/log.md). The backward pass computes the softmax again (Dao et al., "FlashAttention", 2022), so nothing of size
+T x T is kept. In fp32 torch's kernel is 1.1 to 1.2 times as fast as ours, and where bf16 is emulated 1.8 to 3.7 times.
 """
 
 import math
@@ -13,16 +13,16 @@ import torch.nn.functional as F
 
 from runtime.device import bf16_is_native
 
-CHUNK = 128  # queries at once: fewer products above the diagonal, larger products
+CHUNK = 128  # queries at once: fewer compute less above the diagonal, more make larger products
 
 
 def causal_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float, documents: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Each query's mean of the values up to its own place, weighted by softmax(q k / sqrt(D)): q (B, H, T, D), k and v
-    (B, K, T, D) of K heads that each serve H / K of the queries'. Returns (B, H, T, D).
+    """Returns, for each query, the mean of the values up to its own position, weighted by softmax(q k / sqrt(D)).
 
-    `dropout` zeroes that share of the weights. With `documents` (B, T) no query sees keys of another document.
+    q and the result are (B, H, T, D), k and v (B, K, T, D): each of the K heads serves H / K query heads. `dropout` is
+    the share of weights to zero. `documents` (B, T) numbers documents; no query sees keys of another document.
     """
     if k.size(1) < q.size(1):
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))  # (B, H, T, D)
@@ -39,7 +39,7 @@ def chunked_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None
 ) -> torch.Tensor:
     shape = q.shape
-    q, k, v = (_heads(t) for t in (q, k, v))  # (B H, T, D)
+    q, k, v = (t.contiguous().flatten(0, 1) for t in (q, k, v))  # (B H, T, D)
     y = torch.empty_like(q)
     future = _future(q)
     for start in range(0, q.size(1), CHUNK):
@@ -54,33 +54,29 @@ def chunked_attention_backward(
     dy: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     shape = q.shape
-    dy, q, k, v = (_heads(t) for t in (dy, q, k, v))
+    dy, q, k, v = (t.contiguous().flatten(0, 1) for t in (dy, q, k, v))  # (B H, T, D)
     dq = torch.empty_like(q)
     dk, dv = (torch.zeros_like(q, dtype=torch.float32) for _ in range(2))
     future, scale = _future(q), 1 / math.sqrt(q.size(-1))
     for start in range(0, q.size(1), CHUNK):
         end = min(start + CHUNK, q.size(1))
-        rows, dy_rows = q[:, start:end], dy[:, start:end]
-        weights = _weights(rows, k[:, :end], future, documents)  # (B H, rows, end)
+        q_rows, dy_rows = q[:, start:end], dy[:, start:end]  # (B H, rows, D)
+        weights = _weights(q_rows, k[:, :end], future, documents)  # (B H, rows, end)
         dv[:, :end] += weights.transpose(1, 2) @ dy_rows
         dweights = dy_rows @ v[:, :end].transpose(1, 2)
         dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
         dq[:, start:end] = (dscores @ k[:, :end]).mul_(scale)
-        dk[:, :end] += dscores.transpose(1, 2) @ rows
+        dk[:, :end] += dscores.transpose(1, 2) @ q_rows
     return dq.view(shape), dk.mul_(scale).to(q.dtype).view(shape), dv.to(q.dtype).view(shape)
 
 
-def _heads(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().flatten(0, 1)
-
-
 def _future(q: torch.Tensor) -> torch.Tensor:
-    """Added to scores, it hides from each of CHUNK queries the keys after its own place."""
+    """A mask (CHUNK, CHUNK) to add to scores: it hides from each query the keys after its own position."""
     return torch.full((CHUNK, CHUNK), -math.inf, dtype=q.dtype, device=q.device).triu(1)
 
 
 def _weights(q: torch.Tensor, k: torch.Tensor, future: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
-    """Softmax of the scores of `q` (N, rows, D), the last rows of `k` (N, end, D): (N, rows, end)."""
+    """Attention weights (B H, rows, end) of the queries q (B H, rows, D), the last rows of the keys k (B H, end, D)."""
     rows, end = q.size(1), k.size(1)
     scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=1 / math.sqrt(q.size(-1)))
     scores[:, :, -rows:] += future[:rows, :rows]
@@ -90,19 +86,7 @@ def _weights(q: torch.Tensor, k: torch.Tensor, future: torch.Tensor, documents: 
     return torch.softmax(scores, -1)
 
 
-@chunked_attention.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-
-
-@chunked_attention_backward.register_fake
-def _(
-    dy: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None
-) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
-
-
-def _keep(ctx, inputs, output) -> None:
+def _save_inputs(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -110,4 +94,7 @@ def _backward(ctx, dy):
     return *torch.ops.codegpt.chunked_attention_backward(dy, *ctx.saved_tensors), None
 
 
-chunked_attention.register_autograd(_backward, setup_context=_keep)
+# The shapes that the compiler needs: outputs are contiguous and otherwise like q.
+chunked_attention.register_fake(lambda q, k, v, documents: q.new_empty(q.shape))
+chunked_attention_backward.register_fake(lambda dy, q, k, v, documents: tuple(q.new_empty(q.shape) for _ in range(3)))
+chunked_attention.register_autograd(_backward, setup_context=_save_inputs)

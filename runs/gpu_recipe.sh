@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# On a GPU, in about ten minutes: the plain 70M recipe and the fast one on all the Python installed on this machine, the
-# fast one on a fifth of its bytes besides; curves, a table, samples and HumanEval of the better model, all in one folder.
+# On a GPU, in about ten minutes: trains the plain 70M recipe and the fast one on all the Python on this machine, and
+# the fast one also on a fifth of it. Writes curves, a table, and the fast model's samples and HumanEval to one folder.
 #
-#     bash runs/gpu_recipe.sh [OUT]    # cut short and started again, it goes on where it was
+#     bash runs/gpu_recipe.sh [OUT]    # started again, it continues where it stopped
 #
-# Environment variables: PYTHON; PLAIN_TOKENIZER (cl100k_base; without a network train:32768, which makes the plain
-# model smaller); HUMANEVAL, a file of its problems where there is no network.
+# Environment variables: PYTHON; PLAIN_TOKENIZER (cl100k_base; without a network use train:32768, which makes the plain
+# model smaller); HUMANEVAL, a file of its problems if there is no network.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,19 +18,19 @@ data=(configs/data/local.py --package_bytes=None --val_fraction=0.02)
 "$python" prepare.py "${data[@]}" --name=gpu_plain --tokenizer="${PLAIN_TOKENIZER:-cl100k_base}"
 "$python" prepare.py "${data[@]}" --name=gpu_fast --tokenizer=train:16384
 
-# run NAME CONFIG SHARDS SHARE FLAGS…: train on that share of the shards' tokens, once through.
+# run NAME CONFIG SHARDS SHARE FLAGS…: train on that share of the shards' tokens, for one epoch.
 run() {
     local settings
     settings=$("$python" - "$3" "$4" "$2" <<'PY'
 import json, sys
 from fractions import Fraction
-from config import load_config
+from runtime.config import load_config
 from train import TrainConfig
 
 meta = json.load(open(f"data/shards/{sys.argv[1]}/meta.json"))
 config = load_config(TrainConfig, [sys.argv[3]])
 tokens = meta["splits"]["train"]["tokens"] * Fraction(sys.argv[2])
-step = min(config.tokens_per_step, 2**17)  # smaller than the recipe's, so that there are a few hundred steps
+step = min(config.tokens_per_step, 2**17)  # at most this, for a few hundred steps
 steps = max(20, int(tokens / step))
 vocabulary = -(-meta["vocab_size"] // 128) * 128
 warmup = max(1, steps * config.warmup_steps // config.max_steps)
@@ -42,7 +42,7 @@ PY
     "$python" train.py "$2" --dataset="$3" --out_dir="$out/$1" --sample_interval=None --checkpoint_minutes=2 \
         --eval_tokens=1_000_000 $settings "${@:5}"
     "$python" plot.py --runs="$out/plain;$out/fast_fifth;$out/fast" --table="$out/table.md" \
-        --output="$out/curves.svg" || true  # without matplotlib a table
+        --output="$out/curves.svg" || true  # without matplotlib, only the table
 }
 
 run plain configs/70m.py gpu_plain 1

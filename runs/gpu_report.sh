@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in one command under eight minutes, without data and installing nothing: the tests of
-# tests/test_gpu.py, configs/70m.py timed (beside nanoGPT where .peers/nanoGPT is), and a profile of a training step.
-# All goes to one folder: bash runs/gpu_report.sh [FOLDER]. PYTHON names another interpreter than .venv's or python3.
+# Tests and measures what needs a GPU, in under eight minutes, without data: runs tests/test_gpu.py, times
+# configs/70m.py (beside nanoGPT if .peers/nanoGPT is there), and profiles a training step. Writes to one folder and
+# installs nothing: bash runs/gpu_report.sh [FOLDER]. PYTHON names an interpreter other than .venv's or python3.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,7 +12,7 @@ mkdir -p "$folder"
 : >"$folder/report.txt"
 failed=0
 
-step() {  # run a command into the report; a failure is told at the end, and does not keep back what follows
+step() {  # run a command and append its output to the report; the script goes on after a failure and ends with an error
     echo "== $*" | tee -a "$folder/report.txt"
     "$@" 2>&1 | tee -a "$folder/report.txt" || failed=1
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh clone to code written by your own model, on two CPU cores in a few minutes: install into .venv, prepare
-# the Python on this machine, train configs/tiny.py on it, sample. Run again, it goes on where it stopped.
+# From a fresh clone to code written by your own model, on two CPU cores in a few minutes: installs into .venv, prepares
+# the Python on this machine, trains configs/tiny.py on it, samples. Run again, it continues where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

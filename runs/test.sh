@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install everything into .venv and run the linter and the whole test suite. Arguments go to pytest.
+# Installs everything into .venv and runs the linter and the whole test suite. Arguments are passed to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

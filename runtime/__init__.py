@@ -1,1 +1,1 @@
-"""What every program needs: settings, files, devices, signals."""
+"""What every stage needs: settings, errors, files, devices, signals."""

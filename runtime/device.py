@@ -1,4 +1,4 @@
-"""Where a model runs and in which arithmetic: device, precision, peak speed, memory used."""
+"""The device a model runs on: its choice, precision, random generators, peak speed and memory."""
 
 import ctypes
 import functools
@@ -29,7 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(name: str | None) -> torch.device:
-    """The device called `name`; with None the best one here: CUDA, then MPS, then the CPU."""
+    """The device called `name`; None takes the first available of CUDA, MPS and the CPU."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -39,19 +39,18 @@ def resolve_device(name: str | None) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     missing = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
     if missing or not available.get(device.type, False):
-        raise UserError(f"--device={name}: this machine has none that torch can use; leave it out or use cpu")
+        raise UserError(f"--device={name}: this machine has none that torch can use; leave out --device or use cpu")
     return device
 
 
 def resolve_dtype(
     name: str | None, device: torch.device, rows: int = 256, width: int = 512, began_in: str | None = None
 ) -> torch.dtype:
-    """The arithmetic of the matrix products called `name`; with None the one that is fast on `device`.
+    """The dtype of matrix products called `name`; None takes the one that is fast on `device`.
 
-    On CUDA that is bf16 where it is native, else fp16: the compute capability decides, because
-    torch.cuda.is_bf16_supported() counts emulation. On a CPU it is bf16 if that is measured to be the faster for `rows`
-    rows of a model of that `width`; a run that `began_in` one of the two keeps it unless it is by far the slower here,
-    so that it continues bit for bit. Elsewhere it is fp32.
+    On CUDA that is bf16 if the compute capability has it (torch.cuda.is_bf16_supported() counts emulation), else fp16.
+    On a CPU it is bf16 if that is measured to be faster for `rows` rows in a model of that `width`, else fp32; a run
+    that `began_in` one of them keeps it unless it is far slower here, to continue bit for bit. On MPS it is fp32.
     """
     if name is not None:
         if name not in DTYPES:
@@ -64,16 +63,16 @@ def resolve_dtype(
     if device.type != "cpu":
         return torch.float32
     bf16_time = relative_time(torch.bfloat16, rows, width)
-    slowest = {"bfloat16": 1.5, "float32": 1 / 1.5}.get(began_in, 1 / 1.2)  # bf16's time up to which it is taken
-    return torch.bfloat16 if bf16_time < slowest else torch.float32
+    longest = {"bfloat16": 1.5, "float32": 1 / 1.5}.get(began_in, 1 / 1.2)  # bf16 is taken if it takes less
+    return torch.bfloat16 if bf16_time < longest else torch.float32
 
 
 def relative_time(dtype: torch.dtype, rows: int = 256, width: int = 512) -> float:
-    """How many times as long as in fp32 a matrix product in `dtype` takes on this CPU: of `rows` rows, at most 256,
-    with the weights of a transformer's MLP of that `width`, at most 512. Measured once per process, in some 0.1 s.
+    """The time of a matrix product in `dtype` on this CPU, divided by the time of the same product in fp32. It has
+    `rows` rows, at most 256, and an MLP's weights at that `width`, at most 512. Measured once per process, in 0.1 s.
 
-    A flag of the processor does not tell: what is emulated takes 5 to 60 times as long, and what has instructions of
-    its own half as long or less, if torch's libraries use them.
+    A processor's flags do not tell: an emulated dtype takes 5 to 60 times as long as fp32, one with instructions of its
+    own half as long or less, but only if torch's libraries use them.
     """
     return _relative_time(dtype, min(rows, 256), min(width, 512))
 
@@ -85,7 +84,8 @@ def _relative_time(dtype: torch.dtype, rows: int, width: int) -> float:
     best_s = dict.fromkeys(operands, math.inf)
     t_end = time.perf_counter() + 0.1
     for attempt in range(10):
-        if (attempt > 1 and time.perf_counter() > t_end) or best_s[dtype] > 3 * best_s[torch.float32]:
+        enough = time.perf_counter() > t_end or best_s[dtype] > 3 * best_s[torch.float32]
+        if attempt > 3 and enough:  # not sooner: the first products set up their library, or another program interferes
             break
         for d, (x, weight) in operands.items():
             with torch.autocast("cpu", enabled=False):
@@ -96,20 +96,20 @@ def _relative_time(dtype: torch.dtype, rows: int, width: int) -> float:
 
 
 def bf16_is_native() -> bool:
-    """Whether this CPU has instructions for products in bf16: then they take about half of fp32's time, and emulated
-    four times as long or longer. Far from both lies the bound, so that a run that goes on finds the same."""
+    """Whether this CPU has instructions for bf16 products: these take half as long as fp32, emulated ones four times as
+    long or more. The bound is far from both, so a continued run gets the same answer."""
     return relative_time(torch.bfloat16) < 2
 
 
 def warn_if_slow(dtype: torch.dtype, device: torch.device, rows: int = 256, width: int = 512) -> None:
-    """Say by how much products in `dtype` are slower than in fp32 on this CPU, if they are."""
-    if device.type == "cpu" and dtype != torch.float32 and (times := relative_time(dtype, rows, width)) > 1.1:
+    """Warn if matrix products in `dtype` are slower than in fp32 on this CPU."""
+    if device.type != "cpu" or dtype == torch.float32:
+        return
+    times = relative_time(dtype, rows, width)
+    if times > 1.1:
         name = str(dtype).removeprefix("torch.")
-        print(
-            f"warning: --dtype={name}: this processor takes {times:.1f} times as long for a matrix product as with "
-            "--dtype=float32",
-            file=sys.stderr,
-        )
+        message = f"this processor takes {times:.1f} times as long for a matrix product as with --dtype=float32"
+        print(f"warning: --dtype={name}: {message}", file=sys.stderr)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -118,10 +118,10 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep large blocks that are freed, for the next step to use again, where it is glibc.
+    """Make glibc keep large freed blocks for the next step; with another C library, do nothing.
 
-    By default it gives each back to the system, and its pages are zeroed one by one when the next step asks for them: a
-    tenth of a step's time on two cores, saved for about as much more memory (docs/log.md).
+    By default glibc returns each block to the system, which zeroes its pages again for the next step: a tenth of a
+    step's time on two cores, for about a tenth more memory (docs/log.md).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -131,8 +131,27 @@ def keep_freed_memory() -> None:
     mallopt(ctypes.c_int(-1), ctypes.c_int(2**31 - 1))  # M_TRIM_THRESHOLD
 
 
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The state of torch's random generators that training on `device` draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Go back to a state from `rng_state`; generators that it lacks (saved on other hardware) are left alone."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
+
+
 def peak_flops(device: torch.device) -> float | None:
-    """The device's peak in FLOP/s, or None where it is not known."""
+    """The device's peak in FLOP/s, or None if it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -140,12 +159,12 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """The most memory this process has held: allocated by torch on CUDA, resident elsewhere (None on Windows)."""
+    """The most memory this process has held: allocated by torch on CUDA, else resident; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return None
     import resource  # POSIX only
 
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

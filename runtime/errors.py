@@ -1,8 +1,8 @@
-"""What a user did wrong."""
+"""The exception for mistakes of the user."""
 
 
 class UserError(ValueError):
-    """A mistake of the user's: the message says where, what was found and what to do about it.
+    """A mistake of the user. The message says where it is, what was found and what to do about it.
 
-    `config.run_stage` prints it as one line. Any other exception is a bug and keeps its traceback.
+    `runtime.config.run_stage` prints it as one line. Any other exception is a bug and keeps its traceback.
     """

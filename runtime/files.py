@@ -10,8 +10,8 @@ from typing import IO, Any
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "w", keep: Path | None = None) -> Iterator[IO[Any]]:
-    """Open a temporary file that becomes `path` when the block ends, flushed to the disk; if it fails, `path` is as it
-    was. A file already at `path` is first renamed to `keep`, if given. Text is UTF-8."""
+    """Open a temporary file that is flushed to the disk and becomes `path` when the block ends; if the block raises,
+    `path` stays as it was. If `keep` is given, a file already at `path` is renamed to it. Text is UTF-8."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -33,6 +33,6 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_json_lines(path: Path, values: Iterable[Any]) -> None:
-    """Write `values` to `path` as JSON, one a line, whole or not at all."""
+    """Write `values` to `path` as JSON, one per line, whole or not at all."""
     with atomic_write(path) as file:
         file.writelines(json.dumps(value) + "\n" for value in values)

@@ -1,4 +1,4 @@
-"""Being asked to stop: signals, and a reader of the output that leaves, become a flag that a loop can read."""
+"""Requests to stop, as a flag that a loop can check: a signal, or output that nobody reads any more."""
 
 import signal
 import sys
@@ -8,9 +8,9 @@ from typing import Any
 
 
 class Interruption:
-    """While entered, SIGINT, SIGTERM and SIGHUP are noted, and so is a reader of the output that leaves (Ctrl-C stops
-    `tee` too), so that the loop can save before leaving. A second signal acts as it always does, or with `patient` is
-    noted too: torchrun passes on a signal that its processes may have had already. True when called after the first."""
+    """A context that notes SIGINT, SIGTERM, SIGHUP and a broken pipe on stdout or stderr (Ctrl-C stops `tee` too), so
+    that a loop can save before it ends. Calling it returns whether one was noted. A second signal acts as usual; with
+    `patient` it is noted too, because torchrun passes on signals that its processes may already have received."""
 
     def __init__(self, patient: bool = False) -> None:
         self.patient = patient
@@ -22,7 +22,7 @@ class Interruption:
         sys.stdout, sys.stderr = (_Unbreakable(stream, self._note) for stream in self.streams)
         if threading.current_thread() is threading.main_thread():
             numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-            handled = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup stays nohup
+            handled = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
             self.handlers = {number: signal.signal(number, self._note) for number in handled}
         return self
 
@@ -50,7 +50,7 @@ class Interruption:
 
 
 class _Unbreakable:
-    """A text stream that notes SIGPIPE, and goes on silently, when its reader has left."""
+    """A text stream that, when its reader has left, notes SIGPIPE and ignores further writes."""
 
     SIGPIPE = 13
 
@@ -58,17 +58,17 @@ class _Unbreakable:
         self.stream, self.note = stream, note
 
     def write(self, text: str) -> int:
-        return self._try(lambda: self.stream.write(text), len(text))
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self.note(self.SIGPIPE)
+            return len(text)
 
     def flush(self) -> None:
-        self._try(self.stream.flush, None)
+        try:
+            self.stream.flush()
+        except OSError:
+            self.note(self.SIGPIPE)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
-
-    def _try(self, action: Callable[[], Any], otherwise: Any) -> Any:
-        try:
-            return action()
-        except OSError:
-            self.note(self.SIGPIPE)
-            return otherwise

@@ -1,1 +1,1 @@
-"""Untrusted programs, held and judged."""
+"""Runs untrusted programs in confined processes and judges them."""

@@ -1,17 +1,16 @@
-"""Run untrusted Python programs, each in a process of its own, and say what became of them.
+"""Runs untrusted Python programs, each in a process of its own, and returns their results.
 
     with Sandbox() as sandbox:
         result = sandbox.run("def add(a, b):\\n    return a + b\\n", "assert add(1, 2) == 3")
         print(result.outcome, result.error, result.line)  # passed None None
 
-Programs run in worker processes, one at a time in each: forkserver.py says what a pass is, confine.py what a program
-may do. A worker that dies or hangs is replaced.
+Every worker process runs one program at a time. forkserver.py says when a program passes, and confine.py what it may
+do. A worker that dies or hangs is replaced.
 """
 
 import contextlib
 import json
 import os
-import selectors
 import signal
 import subprocess
 import sys
@@ -20,25 +19,30 @@ import threading
 import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import Any, ClassVar
 
 from sandbox.confine import remove
 from sandbox.verdict import COMMON, GRACE_S, KILLED, TIMED_OUT, Limits, Result
 
 FORK_SERVER = Path(__file__).with_name("forkserver.py")
 
-LOST = "worker"  # the error of a program whose worker died
-ALONE = 0.9  # share of the time that a program had the processor for, if no other wanted it
+LOST = "worker"  # Result.error of a program whose worker died
+UNDISTURBED = 0.9  # a program that had a processor to itself used it for at least this share of the time
+
+Program = tuple[str, str, str]  # program, check, entry_point
+Job = tuple[int, Program]  # a program and its index among the programs of a run
 
 
-class Sandbox:
-    """`workers` processes, at most one a core, that run programs under `limits`. A context manager.
+class Sandbox(contextlib.AbstractContextManager):
+    """`workers` processes, at most one per core, that run programs under `limits`. A context manager.
 
-    `preload` are modules to import once, before the programs. Prints once which protections this machine lacks.
+    `preload` names modules that each worker imports once, before it runs programs. `without` names protections to leave
+    out, for tests. Prints a warning for each protection that this machine lacks, once per process.
     """
 
-    _said: ClassVar[set[str]] = set()
+    _warned: ClassVar[set[str]] = set()
 
     def __init__(
         self,
@@ -50,107 +54,100 @@ class Sandbox:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         limits = limits or Limits()
         self.timeout_s = limits.timeout_s
-        settings = {
-            "limits": asdict(limits),
-            "preload": [*COMMON, *preload],
-            "without": list(without),
-        }
+        settings = {"limits": asdict(limits), "preload": [*COMMON, *preload], "without": list(without)}
         self._running = threading.Lock()
         self._workers = [_Worker(settings) for _ in range(max(1, min(workers or cores, cores)))]
-        self.missing = self._workers[0].hello()["missing"]
-        for worker in self._workers[1:]:
-            worker.hello()
+        greetings = [worker.wait_until_ready() for worker in self._workers]
+        self.missing = greetings[0]["missing"]
         for protection in self.missing:
-            if protection not in Sandbox._said:
-                Sandbox._said.add(protection)
+            if protection not in Sandbox._warned:
+                Sandbox._warned.add(protection)
                 print(f"warning: sandbox without {protection}", file=sys.stderr)
-
-    def __enter__(self) -> "Sandbox":
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """End the workers and whatever they run."""
+        """End the workers and the programs that they run."""
         workers, self._workers = self._workers, []
         for worker in workers:
             worker.close()
 
     def run(self, program: str, check: str = "", entry_point: str = "") -> Result:
-        """What became of `program` followed by `check`, code that sees the program's names, and the builtins unless one
-        has the name of `entry_point`, the function to check."""
+        """Run `program`, then `check`, and return the result. `check` looks up a name first among its own, then among
+        Python's builtins, then among the program's; but `entry_point`, the function to check, is never a builtin."""
         ((_, result),) = self.run_many([(program, check, entry_point)])
         return result
 
-    def run_many(self, programs: Iterable[tuple[str, str, str]]) -> Iterator[tuple[int, Result]]:
-        """Place and result of each (program, check, entry_point), as they end. One run of a sandbox at a time.
+    def run_many(self, programs: Iterable[Program]) -> Iterator[tuple[int, Result]]:
+        """Run each (program, check, entry_point). Yields its index and its result, in the order in which they end.
 
-        A program that timed out is tried once more at the end, with no other beside it, so that a loaded machine fails
-        no correct program; unless it had a processor to itself all the time. So is one whose worker died.
+        A loaded machine should fail no correct program. So a program that timed out without a processor to itself runs
+        once more after all others, with no other beside it. So does one whose worker died. Raises RuntimeError if the
+        sandbox is closed, or busy with another run.
         """
         if not self._running.acquire(blocking=False):
             raise RuntimeError("the sandbox is running other programs; use one for each caller")
-        waiting = enumerate(programs)
-        again: list[tuple[int, tuple[str, str, str]]] = []
-        busy: dict[_Worker, tuple[int, tuple[str, str, str]]] = {}
+        busy: dict[_Worker, Job] = {}
+        again: list[Job] = []
         try:
-            while True:
-                if not self._workers:
-                    raise RuntimeError("the sandbox is closed")
-                for worker in self._workers:
-                    if worker not in busy and (job := next(waiting, None)) is not None:
-                        worker.send(*job[1])
-                        busy[worker] = job
-                if not busy:
-                    break
-                for worker in _Worker.ready(busy):
-                    result, (place, job) = worker.receive(), busy.pop(worker)
-                    starved = result.outcome == TIMED_OUT and result.cpu_seconds < ALONE * self.timeout_s
-                    if starved or result.error == LOST:
-                        again.append((place, job))
-                    else:
-                        yield place, result
-            for place, job in again:
-                worker = self._workers[0]
-                busy[worker] = (place, job)
-                worker.send(*job)
-                result = worker.receive()
-                busy.clear()
-                yield place, result
+            for job, result in self._run_parallel(programs, busy):
+                starved = result.outcome == TIMED_OUT and result.cpu_seconds < UNDISTURBED * self.timeout_s
+                if starved or result.error == LOST:
+                    again.append(job)
+                else:
+                    yield job[0], result
+            for index, program in again:
+                ((_, result),) = self._run_parallel([program], busy)
+                yield index, result
         finally:
             for worker in busy:  # the caller left early
                 if worker in self._workers:
                     worker.restart()
             self._running.release()
 
+    def _run_parallel(self, programs: Iterable[Program], busy: dict["_Worker", Job]) -> Iterator[tuple[Job, Result]]:
+        """Run programs on all workers, and keep those that are running in `busy`. Yields results as programs end."""
+        waiting = enumerate(programs)
+        while True:
+            if not self._workers:
+                raise RuntimeError("the sandbox is closed")
+            for worker in self._workers:
+                if worker not in busy and (job := next(waiting, None)) is not None:
+                    worker.send(*job[1])
+                    busy[worker] = job
+            if not busy:
+                return
+            for worker in _Worker.ready(busy):
+                result = worker.receive()
+                yield busy.pop(worker), result
+
 
 class _Worker:
-    """The parent's side of one process that forks programs."""
+    """The parent's side of one fork server."""
 
     def __init__(self, settings: dict[str, Any]):
         self.settings, self.timeout_s = settings, settings["limits"]["timeout_s"]
         self.start()
 
     def start(self) -> None:
-        # An environment of its own. Hashes are fixed, so that sets have one order and verdicts repeat.
+        # It gets an environment of its own. Hashes are fixed, so that sets have one order and verdicts repeat.
         environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
         environment |= {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
         environment |= {"HOME": os.path.expanduser("~"), "PYTHONDONTWRITEBYTECODE": "1"}
-        self.directory = tempfile.mkdtemp(prefix="sandbox-")  # for those of programs, where they are not in memory
-        settings = json.dumps({**self.settings, "directory": self.directory})
-        command = [sys.executable, str(FORK_SERVER), settings]
+        self.directory = tempfile.mkdtemp(prefix="sandbox-")  # holds programs' folders where they cannot be in memory
+        command = [sys.executable, str(FORK_SERVER), json.dumps({**self.settings, "directory": self.directory})]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd="/", start_new_session=True
         )
         self.deadline = time.monotonic() + 60
 
-    def hello(self) -> dict[str, Any]:
-        """What the process says when it is ready. Raises RuntimeError if it never is."""
+    def wait_until_ready(self) -> dict[str, Any]:
+        """Returns what the process says when it is ready. Raises RuntimeError if it never is."""
         line = self._read_line()
         if line is None:
             self.close()
-            raise RuntimeError("the sandbox does not start; the reason stands above")
+            raise RuntimeError("the sandbox does not start; see the error above")
         return json.loads(line)
 
     def send(self, *program: str) -> None:
@@ -159,11 +156,11 @@ class _Worker:
         try:
             self.process.stdin.write(message)
             self.process.stdin.flush()
-        except BrokenPipeError:  # `receive` finds out
+        except BrokenPipeError:  # `receive` handles a worker that has died
             pass
 
     def receive(self) -> Result:
-        """The verdict. A worker that died or is stuck is replaced, and its program counts as killed."""
+        """Returns the result. Replaces a worker that died or hangs; its program counts as killed."""
         line = self._read_line()
         if line is None:
             self.restart()
@@ -173,10 +170,10 @@ class _Worker:
     def restart(self) -> None:
         self.close()
         self.start()
-        self.hello()
+        self.wait_until_ready()
 
     def close(self) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it has died
+        with contextlib.suppress(BrokenPipeError):  # the process has died
             self.process.stdin.close()
         try:
             self.process.wait(0 if time.monotonic() > self.deadline else 5)
@@ -187,22 +184,16 @@ class _Worker:
         remove(self.directory)
 
     def _read_line(self) -> bytes | None:
-        line = self.process.stdout.readline() if _readable([self.process.stdout], self.deadline) else b""
+        """Returns a whole line; None if the process died or `deadline` has passed."""
+        output = self.process.stdout
+        line = output.readline() if wait([output], max(0.0, self.deadline - time.monotonic())) else b""
         return line if line.endswith(b"\n") else None
 
     @staticmethod
     def ready(workers: Collection["_Worker"]) -> list["_Worker"]:
-        """Those that have something to say, or are late; waits for one."""
+        """Wait until a worker has an answer or is late. Returns those with answers, else those that are late."""
         outputs = {worker.process.stdout: worker for worker in workers}
-        soonest = min(worker.deadline for worker in workers)
-        found = _readable(outputs, soonest)
+        deadline = min(worker.deadline for worker in workers)
+        answered = wait(outputs, max(0.0, deadline - time.monotonic()))
         late = [worker for worker in workers if time.monotonic() > worker.deadline]
-        return [outputs[output] for output in found] or late
-
-
-def _readable(files: Iterable[IO[bytes]], deadline: float) -> list[IO[bytes]]:
-    """Those from which something, or the end, can be read; waits for one until `deadline`."""
-    with selectors.DefaultSelector() as selector:
-        for file in files:
-            selector.register(file, selectors.EVENT_READ)
-        return [key.fileobj for key, _ in selector.select(max(0.0, deadline - time.monotonic()))]
+        return [outputs[output] for output in answered] or late

@@ -1,37 +1,36 @@
-"""What a program may use, and what became of it: what the sandbox and the process that runs programs both know."""
+"""Limits of a program, and the result of running it: shared by the sandbox and by its fork server."""
 
 from dataclasses import dataclass
 
-PASSED, FAILED, TIMED_OUT, OUT_OF_MEMORY, KILLED = OUTCOMES = (
-    *("passed", "failed", "timed out", "out of memory", "killed"),
-)
-# Imported before programs run, because they often import them. What a check names of these is put back before it runs.
+PASSED, FAILED, TIMED_OUT, OUT_OF_MEMORY, KILLED = "passed", "failed", "timed out", "out of memory", "killed"
+OUTCOMES = (PASSED, FAILED, TIMED_OUT, OUT_OF_MEMORY, KILLED)
+# Imported before any program starts, because programs often use them. Those that a check names are restored before it.
 COMMON = (
-    *("bisect", "collections", "copy", "datetime", "functools", "heapq", "itertools", "math", "operator", "random"),
-    *("re", "string", "typing"),
-)
-GRACE_S = 1.0  # after a program has passed, for what it printed
+    "bisect", "collections", "copy", "datetime", "functools", "heapq", "itertools", "math", "operator", "random",
+    "re", "string", "typing",
+)  # fmt: skip
+GRACE_S = 1.0  # seconds that a program has to end once it has passed, or its output once it has ended
 
 
 @dataclass(frozen=True)
 class Limits:
     timeout_s: float = 3.0  # wall-clock seconds for the whole program, its check included
     memory_bytes: int = 4 * 2**30  # address space of each process
-    file_bytes: int = 64 * 2**20  # of a file and, in namespaces, of all files
+    file_bytes: int = 64 * 2**20  # of one file and, in namespaces, of all files together
     processes: int = 64  # processes and threads at once
     open_files: int = 64
-    output_bytes: int = 2**16  # kept of what it prints; the rest is read and forgotten
+    output_bytes: int = 2**16  # how much of its output is kept; the rest is read and dropped
 
 
 @dataclass(frozen=True)
 class Result:
     outcome: str  # one of OUTCOMES
-    error: str | None = None  # the exception's type, or the signal or status that ended it
-    line: int | None = None  # of program and check as one text, where the exception was raised
-    message: str = ""  # the exception's
-    output: str = ""  # stdout and stderr, together
-    seconds: float = 0.0  # of the clock
-    cpu_seconds: float = 0.0  # of the processor, of the program's first process
+    error: str | None = None  # the exception's type, or the signal or exit status that ended the program
+    line: int | None = None  # where the exception was raised, counted over program and check as one text
+    message: str = ""  # the exception's message
+    output: str = ""  # stdout and stderr, interleaved
+    seconds: float = 0.0  # wall-clock time
+    cpu_seconds: float = 0.0  # processor time of the program's first process
 
     @property
     def passed(self) -> bool:
@@ -40,6 +39,6 @@ class Result:
     @property
     def detail(self) -> str:
         """What was wrong, on one line: `line 7: IndexError: list index out of range`."""
-        where = f"line {self.line}: " if self.line else ""
-        text = " ".join((where + ": ".join(filter(None, (self.error, self.message)))).split())
+        parts = [f"line {self.line}" if self.line else "", self.error, self.message]
+        text = " ".join(": ".join(part for part in parts if part).split())
         return "".join(c if c.isprintable() else "?" for c in text)  # it may be written to a terminal

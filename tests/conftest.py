@@ -1,9 +1,9 @@
-"""Small real parts that the tests share: a corpus of real Python, shards made from it, and a two-layer run."""
+"""Small real parts that tests share: a corpus of Python, shards made from it, a two-layer run and a model."""
 
 import os
 
-# Before torch is imported, and for the processes that tests start: the models here are too small for two threads, and
-# on a busy machine threads that wait for each other make a test ten times slower.
+# Set before torch is imported, and inherited by the processes that tests start. The models here are too small for two
+# threads, and on a busy machine threads that wait for each other make a test ten times slower.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from pathlib import Path
@@ -31,20 +31,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Shards:
-    """Shards of the corpus under a BPE of 512 ids, several a split."""
+    """Shards of the corpus with a BPE of 512 ids, several per split."""
     path = tmp_path_factory.mktemp("shards") / "stdlib"
-    prepare(
-        load_config(
-            PrepareConfig,
-            [f"--name={path}", f"--source=files:{corpus}/*.gz", *SHARD_SETTINGS],
-        )
-    )
+    prepare(load_config(PrepareConfig, [f"--name={path}", f"--source=files:{corpus}/*.gz", *SHARD_SETTINGS]))
     return Shards(path)
 
 
 @pytest.fixture
 def run_arguments(shards: Shards, tmp_path: Path) -> list[str]:
-    """Arguments of a run of seconds on a CPU, with dropout and two micro-steps, into tmp_path/run."""
+    """Arguments of a run in tmp_path/run that takes seconds on a CPU, with dropout and two micro-steps."""
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size": 512, "dropout": 0.1}
     steps = {"batch_size": 4, "tokens_per_step": 256, "max_steps": 12, "warmup_steps": 2, "learning_rate": 1e-3}
     often = {"log_interval": 1, "eval_interval": 5, "eval_tokens": 512, "checkpoint_interval": 3}
@@ -60,12 +55,12 @@ def run_config(run_arguments: list[str]) -> TrainConfig:
 
 @pytest.fixture
 def run_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """Run a stage as its program does, and return its exit code and what it wrote to stdout and stderr."""
+    """A function that runs a stage as its program does and returns the exit code, stdout and stderr."""
 
     def run(entry, cls, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", [f"{entry.__name__}.py", *arguments])
         code = 0
-        capsys.readouterr()  # what came before is not the program's
+        capsys.readouterr()  # drop what was written before
         try:
             run_stage(entry, cls)
         except SystemExit as error:
@@ -86,7 +81,7 @@ def kills(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="module")
 def lively_model() -> GPT:
-    """Two layers at random, context 64, 640 ids; greedy decoding does not end in a loop of one token."""
+    """Two random layers, context 64, 640 ids; greedy decoding does not end in a loop of one token."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=640)).eval()
     for parameter in model.parameters():

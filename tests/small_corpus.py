@@ -1,4 +1,4 @@
-"""Small real data that the tests share: files of the standard library, shards of them, and code that is alike."""
+"""Small real data that the tests share: files of the standard library, shards of them, and similar code."""
 
 import bisect
 import gzip
@@ -21,7 +21,7 @@ PACKAGES = ("asyncio", "concurrent", "email", "html", "http", "importlib", "json
 
 
 def python_documents() -> list[dict[str, str]]:
-    """About 3 MB of the standard library, in codeparrot-clean's columns, a package as a repository."""
+    """About 3 MB of the standard library, in codeparrot-clean's columns; each package is a repository."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     files = [path for name in PACKAGES for path in sorted((stdlib / name).rglob("*.py"))]
     rows = [(path.relative_to(stdlib), path.read_text(encoding="utf-8")) for path in files]
@@ -47,7 +47,7 @@ def prepared(corpus: Path, path: Path, *more: str) -> Shards:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Of all files but the report, which tells seconds."""
+    """The sha256 of each file but report.json, which holds timings."""
     files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
     return {name: digest for name, digest in files.items() if name != "report.json"}
 
@@ -63,15 +63,15 @@ def texts_of(shards: Shards, split: str, language: str | None = None) -> list[st
 
 
 def code(number: int, n_words: int = 400) -> str:
-    """Python that passes every filter, unlike any other number's."""
+    """Python that passes every filter and resembles the code of no other number."""
     chance = random.Random(number)
     words = [f"value_{chance.randrange(10**9)}" for _ in range(n_words)]
-    lines = [f"    {word} = {place}  # {word} counts" for place, word in enumerate(words)]
+    lines = [f"    {word} = {index}  # {word} counts" for index, word in enumerate(words)]
     return f"def compute_{number}():\n    '''Compute number {number}.'''\n" + "\n".join(lines) + "\n"
 
 
 def like(number: int, jaccard: float) -> str:
-    """Code whose set of words has that Jaccard similarity to `code(number)`'s."""
+    """Code whose set of words has that Jaccard similarity to the words of `code(number)`."""
     mine, other = code(number).splitlines(), code(number + 1000).splitlines()
 
     def mixed(n_changed: int) -> str:

@@ -11,7 +11,7 @@ from dataloader import Loader, Prefetcher, permute
 
 
 def stream(n_tokens: int, n_shards: int = 3) -> TokenStream:
-    """A stream whose token at place i is i, cut into uneven shards."""
+    """A stream whose token at index i is i, cut into uneven shards."""
     cuts = np.linspace(0, n_tokens, n_shards + 1).astype(int) ** 2 // n_tokens
     shards = [np.arange(a, b, dtype=np.uint32) for a, b in pairwise(cuts)]
     return TokenStream(shards, n_tokens, Path("test"))
@@ -78,10 +78,10 @@ def test_a_split_shorter_than_a_block_is_refused():
         Loader(stream(8), block_size=8, sequences_per_step=1, seed=0)
 
 
-def damaged(place: int, n_tokens: int = 5000) -> TokenStream:
-    """A stream with one id that is no id, far beyond int32, at `place`."""
+def damaged(index: int, n_tokens: int = 5000) -> TokenStream:
+    """A stream with one impossible id, far beyond int32, at `index`."""
     tokens = np.zeros(n_tokens, dtype=np.uint32)
-    tokens[place] = 2**32 - 2
+    tokens[index] = 2**32 - 2
     return TokenStream([tokens], 100, Path("shards/train"))
 
 
@@ -97,13 +97,13 @@ def test_a_batch_is_the_rows_that_read_gives(dtype, n_shards):
     assert inputs.is_contiguous() and targets.is_contiguous()
 
 
-@pytest.mark.parametrize("place", [0, 1, 4992])  # the last is a target only
-def test_an_impossible_id_anywhere_in_a_batch_is_refused(place):
+@pytest.mark.parametrize("index", [0, 1, 4992])  # the last is a target only
+def test_an_impossible_id_anywhere_in_a_batch_is_refused(index):
     message = "shards/train: holds id 4294967294, the vocabulary ends at 99; find the damaged shard with --verify"
     with pytest.raises(ValueError, match=message):
-        Loader(damaged(place), block_size=8, sequences_per_step=624, seed=0).batch(0)
+        Loader(damaged(index), block_size=8, sequences_per_step=624, seed=0).batch(0)
     with pytest.raises(ValueError, match=message):
-        damaged(place).read(0, 5000)
+        damaged(index).read(0, 5000)
 
 
 def test_prefetched_batches_are_the_loaders_in_any_order():

@@ -23,12 +23,12 @@ NAMES = ("one", "two", "three", "four")
 PROBLEMS = [
     {
         "task_id": f"T/{name}",
-        "prompt": f'def {name}(n):\n    """Add {place} to n.\n    >>> {name}(1)\n    {place + 1}\n    """\n',
-        "canonical_solution": f"    total = n + {place}\n\n    return total\n",
+        "prompt": f'def {name}(n):\n    """Add {amount} to n.\n    >>> {name}(1)\n    {amount + 1}\n    """\n',
+        "canonical_solution": f"    total = n + {amount}\n\n    return total\n",
         "entry_point": name,
-        "test": f"def check(candidate):\n    for i in range(9):\n        assert candidate(i) == i + {place}\n",
+        "test": f"def check(candidate):\n    for i in range(9):\n        assert candidate(i) == i + {amount}\n",
     }
-    for place, name in enumerate(NAMES, start=1)
+    for amount, name in enumerate(NAMES, start=1)
 ]
 
 
@@ -65,8 +65,8 @@ def write_solutions(monkeypatch, run_folder):
             texts = [spoil(row, solution) + "\ndef more():\n    pass" for row in range(n_samples)]
             rows = [[*tokenizer.encode(text), tokenizer.end_of_text] for text in texts]
             longest = max(map(len, rows))
-            for place in range(longest):
-                yield torch.tensor([row[min(place, len(row) - 1)] for row in rows])
+            for index in range(longest):
+                yield torch.tensor([row[min(index, len(row) - 1)] for row in rows])
 
         monkeypatch.setattr("inference.generate.generate_tokens", script)
         return prompts
@@ -87,7 +87,7 @@ def test_a_model_that_writes_the_solutions_of_humaneval_gets_them_all(
     code, out, _ = run_program(eval_humaneval, HumanEvalConfig, *arguments(run_folder, HUMANEVAL, *more))
     assert code == 0 and "HumanEval: 164 problems, 328 samples" in out
     assert "pass@1     100.00% ± 0.00%" in out and "pass@2     100.00%" in out
-    assert "pass@3     skipped: it takes 3 samples a problem, there are 2" in out
+    assert "pass@3     skipped: needs 3 samples per problem, there are 2" in out
 
 
 def test_what_is_kept_of_an_evaluation(write_solutions, run_folder, problems_file, capsys):

@@ -111,7 +111,7 @@ def test_bad_input_is_one_line(run_folder, run_config, files, run_program):
     cases = [
         ([], "give Python files"),
         ([f"--files={files}.txt"], "no lines of Python in them"),
-        ([f"--files={files}", "--max_new_tokens=500"], "the context has 128; lower it"),
+        ([f"--files={files}", "--max_new_tokens=500"], "the context has 128 tokens; lower it"),
         (
             [f"--files={files}", f"--out_dir={run_config.out_dir}", "--max_new_tokens=4"],
             "use a model trained with --fim_rate",

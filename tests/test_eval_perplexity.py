@@ -41,7 +41,8 @@ def test_the_program_scores_a_run_as_training_did(run_config, run_program):
     code, out, _ = run_program(eval_perplexity, PerplexityConfig, *arguments)
     assert code == 0 and f"loss {trained['val_loss']:.4f} nats/token" in out
     for wrong in ("--split=test", "--batch_size=0", "--dataset=missing"):
-        assert run_program(eval_perplexity, PerplexityConfig, *arguments, wrong)[0] == 2
+        code, _, err = run_program(eval_perplexity, PerplexityConfig, *arguments, wrong)
+        assert code == 2 and err.count("error: ") == 1, wrong
 
 
 def test_documents_of_shards_and_of_files_by_language_beside_another_run(run_config, run_program, tmp_path, capsys):

@@ -161,7 +161,7 @@ def test_cached_logits_of_the_modern_architecture_equal_full_forward(static):
 
 
 def test_attention_does_not_reach_beyond_a_documents_end():
-    config = dataclasses.replace(SMALL, document_end=7, rope_theta=100.0)  # learned places would tell the two apart
+    config = dataclasses.replace(SMALL, document_end=7, rope_theta=100.0)  # learned positions would tell the two apart
     model = randomized(GPT(config))
     one, other = torch.randint(8, 128, (2, 11)), torch.randint(8, 128, (2, 12))
     end = torch.full((2, 1), 7)

@@ -26,6 +26,7 @@ def test_the_table_has_means_spreads_and_gains_over_the_baseline(tmp_path):
     write_run(tmp_path / "adamw/seed2", 2.3)
     write_run(tmp_path / "alone", 2.2)
     lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[0].split(" | ")[3] == "improvement over plain, bits per byte"
     assert lines[2] == "| plain | 2 | 2.3000 ± 0.1414 |  | 0.01 | 2,000 | 2.00e+09 | 30 |"
     # the gain is 0.2 and 0.3, seed by seed
     assert lines[3] == "| muon | 2 | 2.0500 ± 0.0707 | +0.2500 ± 0.0500 | 0.01 | 2,000 | 2.00e+09 | 30 |"
@@ -37,7 +38,8 @@ def test_the_table_has_means_spreads_and_gains_over_the_baseline(tmp_path):
 def test_two_runs_of_one_name_are_not_taken_for_one(tmp_path, run_program):
     for name in ("a/tiny", "b/tiny"):
         write_run(tmp_path / name, 2.2)
-    assert "are both called tiny; rename" in run_program(plot, PlotConfig, f"--runs={tmp_path}/*/tiny")[2]
+    code, _, err = run_program(plot, PlotConfig, f"--runs={tmp_path}/*/tiny")
+    assert code == 2 and "are both called tiny; rename" in err
 
 
 def test_pictures_are_files_and_the_same_for_the_same_runs(tmp_path):
@@ -52,6 +54,10 @@ def test_pictures_are_files_and_the_same_for_the_same_runs(tmp_path):
 
 def test_what_cannot_be_shown_is_one_line(tmp_path, run_program):
     (tmp_path / "empty").mkdir()
-    assert run_program(plot, PlotConfig, f"--runs={tmp_path}/none")[2].startswith("error: --runs=")
-    assert "metrics.jsonl: not found; name" in run_program(plot, PlotConfig, f"--runs={tmp_path}/empty")[2]
-    assert "wants a name that ends in" in run_program(plot, PlotConfig, "--output=a.pdf")[2]
+    for argument, message in (
+        (f"--runs={tmp_path}/none", "error: --runs="),
+        (f"--runs={tmp_path}/empty", "metrics.jsonl: not found; name"),
+        ("--output=a.pdf", "the name must end in"),
+    ):
+        code, _, err = run_program(plot, PlotConfig, argument)
+        assert code == 2 and message in err and err.count("\n") == 1

@@ -42,8 +42,8 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 def test_resume_matches_uninterrupted_run_after_kill_9(run_arguments, tmp_path, kills):
-    """Killed at random moments, with a save at every step so that many fall into one, and started again. Muon and a
-    batch that doubles at steps 50 and 100 leave most to go wrong."""
+    """Killed at random moments, many of them while saving, because every step is saved, and started again. Muon and a
+    batch that doubles at steps 50 and 100 have the most state to restore."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     settings = [*run_arguments, f"--max_steps={100 * kills}", "--checkpoint_interval=1"]
     settings += ["--optimizer=muon", "--ramp_doublings=2", "--ramp_steps=100", "--batch_size=2"]
@@ -86,7 +86,7 @@ def test_a_signal_saves_before_leaving_and_the_run_goes_on(number, run_arguments
 
 
 def test_a_run_keeps_the_arithmetic_it_began_in_unless_that_is_slow_here(run_config, tmp_path, monkeypatch):
-    """A measurement near one must not change the bits of a run that goes on; Muon's products are in the same."""
+    """A measurement near one must not change the bits of a continued run; Muon multiplies in the run's dtype too."""
     config = dataclasses.replace(run_config, dtype=None, optimizer="muon", max_steps=2)
     muons, orthogonalize = [], muon.orthogonalize
 
@@ -119,7 +119,7 @@ def test_a_reader_that_leaves_is_an_interruption_and_the_run_is_saved(run_argume
     while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
         time.sleep(0.01)
     process.stdout.close()  # as `| tee log` does at Ctrl-C
-    process.wait(timeout=60)
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE
     assert read(tmp_path / "run" / "last.pt")["step"] > 0
 
 
@@ -153,7 +153,7 @@ def test_accumulated_gradients_equal_large_batch(run_config):
 
 @pytest.mark.parametrize("chunked", [True, False])
 def test_the_loss_of_a_step_is_the_mean_over_the_targets_that_count(run_config, chunked):
-    """Micro-steps of unequal numbers of targets, one of them without any, are one mean; none at all is 0."""
+    """Also over micro-steps with unequal numbers of targets, one of them without any. Without any target, it is 0."""
     shards = open_dataset(run_config)
     config = dataclasses.replace(run_config, dropout=0.0, grad_clip=None, chunked_loss=chunked)
     inputs, targets = Loader(shards.split("train"), config.block_size, 8, config.seed).batch(0)
@@ -250,7 +250,7 @@ def test_a_run_does_not_go_on_with_a_dataset_prepared_anew(run_config, corpus, t
     train(run_config)
     arguments = [f"--name={tmp_path / 'other'}", f"--source=files:{corpus}/*.gz", *SHARD_SETTINGS, "--seed=3"]
     prepare(load_config(PrepareConfig, arguments))
-    with pytest.raises(ValueError, match="does not hold what that held"):
+    with pytest.raises(ValueError, match=r"the content of .* differs from it"):
         train(dataclasses.replace(run_config, dataset=str(tmp_path / "other")))
 
 
@@ -309,7 +309,7 @@ def test_a_compiler_that_fails_is_one_warning_and_training_goes_on(run_config, m
     monkeypatch.setattr(torch, "compile", no_compiler)
     compiled = train(dataclasses.replace(run_config, compile=True))
     err = capsys.readouterr().err
-    assert err.count("warning: torch.compile failed (no C++ compiler); going on without it, slower") == 1
+    assert err.count("warning: torch.compile failed (no C++ compiler); continuing without it, slower") == 1
     eager = train(dataclasses.replace(run_config, out_dir=f"{run_config.out_dir}-eager"))
     assert compiled["val_loss"] == eager["val_loss"]
 
@@ -351,5 +351,5 @@ def test_a_batch_size_is_found_and_halved_where_memory_is_short(run_config, monk
     found = train(dataclasses.replace(run_config, dropout=0.0, batch_size=None, out_dir=f"{run_config.out_dir}-found"))
     sequences = run_config.tokens_per_step // run_config.block_size
     out, err = capsys.readouterr()
-    assert f"batch_size: {sequences}\n" in out and "going on with --batch_size=2" in err
+    assert f"batch_size: {sequences}\n" in out and "continuing with --batch_size=2" in err
     assert seen[0] == sequences and found["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-5)

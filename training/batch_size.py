@@ -1,4 +1,4 @@
-"""The micro-batch: how many sequences go through the model at once. It decides speed and memory, and no result."""
+"""The micro-batch: how many sequences go through the model at once. It affects speed and memory, not the results."""
 
 import torch
 
@@ -6,24 +6,23 @@ from runtime.errors import UserError
 from training.recipe import Recipe
 from training.run import Run, try_micro_step
 
-MOST_TOKENS = {"cuda": 2**16, "cpu": 2**12}  # of a micro-step: enough to keep a GPU busy, few for a CPU's caches
+MOST_TOKENS = {"cuda": 2**16, "cpu": 2**12}  # per micro-step: keeps a GPU busy, fits a CPU's caches
 
 
 def divide_among_ranks(recipe: Recipe, batch_size: int | None, world_size: int) -> int | None:
-    """The micro-batch of each of `world_size` processes: `batch_size`, or a process's share of the largest step if that
-    is smaller; None stays None. Raises UserError if the processes' shares of every step are not equal, or not whole
-    micro-batches."""
+    """The micro-batch of each process: `batch_size`, or a process's share of the largest step if that is smaller; None
+    stays None. Raises UserError if a step cannot be divided into equal shares of whole micro-batches."""
     sizes = recipe.step_sizes()
-    asked = max(1, min(batch_size or 1, sizes[-1] // world_size))
-    if not divides_steps(recipe, asked, world_size):
-        nearest = max(1, round(sizes[0] / (world_size * asked))) * world_size * asked
-        tokens = nearest * recipe.block_size << recipe.ramp_doublings
+    rank_batch_size = max(1, min(batch_size or 1, sizes[-1] // world_size))
+    if not divides_steps(recipe, rank_batch_size, world_size):
+        micro_steps = max(1, round(sizes[0] / (world_size * rank_batch_size)))
+        tokens = micro_steps * world_size * rank_batch_size * recipe.block_size << recipe.ramp_doublings
         raise UserError(
             f"tokens_per_step is {recipe.tokens_per_step}, {sizes[0]} sequences at first, which {world_size} processes "
-            f"cannot share out in micro-steps of {asked}; set --tokens_per_step={tokens}, or another --batch_size "
-            "or --nproc_per_node"
+            f"cannot share in micro-steps of {rank_batch_size}; set --tokens_per_step={tokens}, or another "
+            "--batch_size or --nproc_per_node"
         )
-    return None if batch_size is None else asked
+    return None if batch_size is None else rank_batch_size
 
 
 def divides_steps(recipe: Recipe, batch_size: int, world_size: int) -> bool:
@@ -36,8 +35,8 @@ def divides_steps(recipe: Recipe, batch_size: int, world_size: int) -> bool:
 
 
 def fitting_batch_size(run: Run, world_size: int) -> int:
-    """The largest micro-batch that divides this process's share of a step, has at most MOST_TOKENS, and on a GPU fits
-    in memory, as estimated from micro-steps of one and of two sequences."""
+    """The largest micro-batch that divides this process's share of every step, has at most MOST_TOKENS, and on a GPU
+    fits in memory, as estimated from two trial micro-steps."""
     most = max(1, MOST_TOKENS.get(run.device.type, MOST_TOKENS["cpu"]) // run.config.block_size)
     if run.device.type == "cuda":
         most = min(most, _fitting_in_memory(run))
@@ -51,19 +50,17 @@ def smaller_divisor(n: int) -> int:
 
 
 def _fitting_in_memory(run: Run) -> int:
-    """How many sequences fit if memory grows by as much with each as from the first to the second."""
+    """How many sequences fit in a GPU's memory if each further one takes as much as the second."""
+    peak_bytes = []  # of micro-steps of one and of two sequences, parameters and gradients included
     try:
-        one, two = (_peak_bytes_of_micro_step(run, batch_size) for batch_size in (1, 2))
+        for batch_size in (1, 2):
+            torch.cuda.reset_peak_memory_stats(run.device)
+            try_micro_step(run, batch_size)
+            peak_bytes.append(torch.cuda.max_memory_allocated(run.device))
     except torch.OutOfMemoryError:
         return 1
-    free, _ = torch.cuda.mem_get_info(run.device)
-    adam_bytes = 0 if run.optimizers[0].state else 8 * run.model.n_parameters()  # not there before the first step
-    left = 0.9 * (free + torch.cuda.memory_reserved(run.device)) - adam_bytes - one
-    return max(1, 1 + int(left / max(1, two - one)))
-
-
-def _peak_bytes_of_micro_step(run: Run, batch_size: int) -> int:
-    """The most bytes that a micro-step holds on a GPU, parameters and gradients included."""
-    torch.cuda.reset_peak_memory_stats(run.device)
-    try_micro_step(run, batch_size)
-    return torch.cuda.max_memory_allocated(run.device)
+    bytes_per_sequence = max(1, peak_bytes[1] - peak_bytes[0])
+    unallocated_bytes, _ = torch.cuda.mem_get_info(run.device)
+    usable_bytes = 0.9 * (unallocated_bytes + torch.cuda.memory_reserved(run.device))
+    adam_bytes = 0 if run.optimizers[0].state else 8 * run.model.n_parameters()  # allocated at the first step
+    return max(1, 1 + int((usable_bytes - adam_bytes - peak_bytes[0]) / bytes_per_sequence))

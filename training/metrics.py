@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, one JSON object an event, and Weights & Biases when asked for."""
+"""What a run reports: metrics.jsonl, one JSON object per event, and Weights & Biases if it is asked for."""
 
 import json
 import math
@@ -13,10 +13,10 @@ from training.run import Run
 
 
 class MetricsLog:
-    """Appends events, each with its `step`, to a file of JSON lines.
+    """Appends events, each with its `step`, to a file with one JSON object per line.
 
-    Events after step `resume_step`, which a continued run will report again, and a last line cut short by a kill are
-    taken out first: the file holds each event once, however often the run was interrupted.
+    First it removes the events after `resume_step`, which a continued run reports again, and a last line cut short by a
+    kill. So the file has each event once, however often the run was interrupted.
     """
 
     def __init__(self, path: Path, resume_step: int, wandb_run: Any = None):
@@ -27,29 +27,29 @@ class MetricsLog:
 
     def write(self, event: dict[str, Any]) -> None:
         infinite = [key for key, value in event.items() if isinstance(value, float) and not math.isfinite(value)]
-        event = {**event, **dict.fromkeys(infinite)}  # JSON has no infinity; a gradient that overflowed becomes null
+        event = {**event, **dict.fromkeys(infinite)}  # JSON has no infinity: the norm of an overflow becomes null
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
         if self.wandb_run is not None:
             try:
                 self.wandb_run.log(event, step=event["step"])
             except Exception as error:  # a service must not stop a run
-                print(f"warning: wandb: {error}; going on without it", file=sys.stderr)
+                print(f"warning: wandb: {error}; continuing without it", file=sys.stderr)
                 self.wandb_run = None
 
 
 def start_metrics(run: Run, settings: dict[str, Any], wandb_project: str | None) -> MetricsLog:
-    """The run's metrics.jsonl, and its run at Weights & Biases if a project there is named."""
-    out_dir, wandb_run = Path(run.config.out_dir), None
+    """The log in the run's metrics.jsonl, and at Weights & Biases too if `wandb_project` is given."""
+    out_dir = Path(run.config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    if wandb_project is not None:
-        wandb_run = start_wandb(wandb_project, run.wandb_id, settings)
-        run.wandb_id = wandb_run.id if wandb_run is not None else run.wandb_id
+    wandb_run = None if wandb_project is None else start_wandb(wandb_project, run.wandb_id, settings)
+    if wandb_run is not None:
+        run.wandb_id = wandb_run.id
     return MetricsLog(out_dir / "metrics.jsonl", run.step, wandb_run)
 
 
 def start_wandb(project: str, run_id: str | None, config: dict[str, Any]) -> Any:
-    """A wandb run, the one called `run_id` if it is given; None, with a warning, if wandb is missing or unreachable."""
+    """A wandb run, or `run_id` continued. If wandb is missing or unreachable, prints a warning and returns None."""
     try:
         import wandb
 
@@ -57,12 +57,12 @@ def start_wandb(project: str, run_id: str | None, config: dict[str, Any]) -> Any
         return wandb.init(project=project, id=run_id, resume="allow", config=config, settings=settings)
     except Exception as error:
         reason = str(error).split("\n")[0]
-        print(f"warning: wandb: {reason}; going on without it (pip install wandb; wandb login)", file=sys.stderr)
+        print(f"warning: wandb: {reason}; continuing without it (pip install wandb; wandb login)", file=sys.stderr)
         return None
 
 
 class Throughput:
-    """A stopwatch for training alone: entered for each step, read at each report."""
+    """A stopwatch that is entered for each training step, so that evaluations do not count, and read at each report."""
 
     def __init__(self, flops_per_token: int, peak_flops: float | None):
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
@@ -75,7 +75,7 @@ class Throughput:
         self.seconds += time.perf_counter() - self.t0
 
     def read(self) -> dict[str, float]:
-        """tokens_per_s since the last reading, and mfu, the share of the device's peak, where that is known."""
+        """`tokens_per_s` since the last reading, and `mfu`, the share of the device's peak FLOP/s, if that is known."""
         tokens_per_s = self.tokens / self.seconds
         self.tokens, self.seconds = 0, 0.0
         if self.peak_flops is None:
@@ -86,8 +86,8 @@ class Throughput:
 def time_left(
     recipe: Recipe, step: int, eval_interval: int, eval_tokens: int, tokens_per_s: float, world_size: int = 1
 ) -> str:
-    """How long the steps after `step`, and the evaluations from there on, take if all processes together train on
-    `tokens_per_s`: a token evaluated takes a third of the time of one trained on, in one process alone."""
+    """Says how long the rest of a run takes after `step`, at `tokens_per_s` of all processes together. Evaluating a
+    token takes a third of the time of training on it, and one process alone evaluates."""
     tokens = recipe.tokens_before(recipe.max_steps) - recipe.tokens_before(step)
     evaluations = -(-recipe.max_steps // eval_interval) - (step - 1) // eval_interval
     minutes = (tokens + evaluations * eval_tokens * world_size / 3) / tokens_per_s / 60
@@ -96,6 +96,7 @@ def time_left(
 
 
 def _step(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinity if the line is damaged."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):

@@ -1,6 +1,6 @@
-"""The recipe of a training run: how many tokens a step, at which learning rate, by which optimizer.
+"""The recipe of a training run: the tokens per step, the learning rate and the optimizer.
 
-Everything here is a function of the step and the settings, so a run that goes on needs nothing but its step.
+Tokens and rate are functions of the step and the settings, so a run needs nothing but its step to continue.
 """
 
 import math
@@ -18,21 +18,21 @@ DECAYS = ("cosine", "linear")
 
 @dataclass(frozen=True)
 class Recipe(GPTConfig):
-    tokens_per_step: int = 2**19  # tokens an optimizer step, a multiple of batch_size x block_size
-    ramp_doublings: int = 0  # the batch begins at tokens_per_step / 2^this, and doubles as often,
-    ramp_steps: int = 0  # at even distances, until it is whole at this step
+    tokens_per_step: int = 2**19  # tokens per optimizer step, a multiple of batch_size x block_size
+    ramp_doublings: int = 0  # batch ramp: begin with tokens_per_step / 2^ramp_doublings tokens; 0 is no ramp
+    ramp_steps: int = 0  # batch ramp: steps until tokens_per_step is reached, by doublings at equal intervals
     max_steps: int = 5912  # optimizer steps in all
-    learning_rate: float = 6e-4  # the highest, at the end of the warmup
-    min_lr: float = 6e-5  # the lowest, at max_steps
-    warmup_steps: int = 222  # steps of linear rise
-    decay: str = "cosine"  # how the rate falls: cosine, or linear
-    decay_share: float = 1.0  # in this share of the steps after the warmup, the last; before that it is stable
-    optimizer: str = "adamw"  # of the blocks' matrices: adamw, or muon; AdamW has the rest
-    momentum: float = 0.95  # Muon's
+    learning_rate: float = 6e-4  # highest learning rate, reached at the end of the warmup
+    min_lr: float = 6e-5  # lowest learning rate, reached at max_steps
+    warmup_steps: int = 222  # steps in which the learning rate rises linearly, at the beginning
+    decay: str = "cosine"  # how the learning rate falls: cosine or linear
+    decay_share: float = 1.0  # last share of the steps after the warmup, in which the rate falls; constant before
+    optimizer: str = "adamw"  # optimizer of the blocks' matrices, adamw or muon; AdamW trains all other weights
+    momentum: float = 0.95  # Muon's momentum
     embedding_rate: float = 1.0  # learning rate of the embeddings and the head, in units of learning_rate
-    weight_decay: float = 0.01  # of the 2-D weights
-    beta1: float = 0.9  # AdamW: decay of the mean of gradients
-    beta2: float = 0.999  # AdamW: decay of the mean of their squares
+    weight_decay: float = 0.01  # weight decay of the 2-D weights
+    beta1: float = 0.9  # AdamW's decay of the mean of the gradients
+    beta2: float = 0.999  # AdamW's decay of the mean of the squared gradients
     grad_clip: float | None = 1.0  # highest norm of the gradient; None does not clip
 
     def __post_init__(self) -> None:
@@ -71,57 +71,53 @@ class Recipe(GPTConfig):
 
     def tokens_before(self, step: int) -> int:
         """Tokens of all steps before `step`."""
-        tokens, at = 0, 0
-        for doubling in range(self.ramp_doublings):  # what is left of each stage of the ramp
-            stage = min(self.ramp_steps // self.ramp_doublings, step - at)
-            tokens += stage * (self.tokens_per_step >> (self.ramp_doublings - doubling))
-            at += stage
-        return tokens + (step - at) * self.tokens_per_step
+        tokens, steps_left = 0, step
+        for doublings_left in range(self.ramp_doublings, 0, -1):  # one stage of the ramp each
+            stage_steps = min(self.ramp_steps // self.ramp_doublings, steps_left)
+            tokens += stage_steps * (self.tokens_per_step >> doublings_left)
+            steps_left -= stage_steps
+        return tokens + steps_left * self.tokens_per_step
 
     def tokens_at(self, step: int) -> int:
-        """Tokens of the step that is `step`, counted from 0."""
+        """Tokens of step `step`, counted from 0."""
         return self.tokens_before(step + 1) - self.tokens_before(step)
 
     def step_sizes(self) -> list[int]:
-        """Sequences of a step: of the first, and of those after each doubling."""
+        """Sequences per step: at first, then after each doubling."""
         return [(self.tokens_per_step >> left) // self.block_size for left in range(self.ramp_doublings, -1, -1)]
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """Linear rise to `learning_rate` over `warmup_steps`, then stable, then down to `min_lr` at `max_steps`, by half a
-    cosine or in a line."""
+    """The learning rate of `step`: rises linearly to `learning_rate` over `warmup_steps`, stays there, and falls to
+    `min_lr` at `max_steps`, along half a cosine or a line."""
     if step < recipe.warmup_steps:
         return recipe.learning_rate * (step + 1) / recipe.warmup_steps
     n_decay = recipe.decay_share * max(1, recipe.max_steps - recipe.warmup_steps)
     progress = min(1.0, max(0.0, 1 - (recipe.max_steps - step) / n_decay))
-    left = 1 - progress if recipe.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return recipe.min_lr + left * (recipe.learning_rate - recipe.min_lr)
+    remaining = 1 - progress if recipe.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return recipe.min_lr + remaining * (recipe.learning_rate - recipe.min_lr)
 
 
 def make_optimizers(model: GPT, recipe: Recipe, device: torch.device) -> list[torch.optim.Optimizer]:
-    """AdamW with decay on the 2-D weights only (Loshchilov and Hutter, 2019), and if it is asked for, Muon for the
-    blocks' matrices.
-
-    Muon sees q, k and v apart, because they are parameters of their own.
-    """
+    """AdamW, with weight decay on the 2-D weights only (Loshchilov and Hutter, 2019), and for recipe.optimizer "muon"
+    also Muon, which then trains the blocks' matrices. It orthogonalizes q, k and v separately: they are parameters of
+    their own."""
     parameters = list(model.parameters())
     matrices = [p for p in model.h.parameters() if p.dim() == 2]
     in_blocks = set(map(id, matrices))
     embeddings = [p for p in parameters if p.dim() >= 2 and id(p) not in in_blocks]
-    decayed = {"weight_decay": recipe.weight_decay}
+    vectors = [p for p in parameters if p.dim() < 2]
     groups = [
-        {"params": embeddings, "rate": recipe.embedding_rate, **decayed},
-        {"params": [p for p in parameters if p.dim() < 2], "rate": 1.0, "weight_decay": 0.0},
+        {"params": embeddings, "rate": recipe.embedding_rate, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "rate": 1.0, "weight_decay": 0.0},
     ]
+    block_group = {"params": matrices, "rate": 1.0, "weight_decay": recipe.weight_decay}
+    lr, betas, fused = recipe.learning_rate, (recipe.beta1, recipe.beta2), device.type in ("cuda", "cpu")
     if recipe.optimizer == "adamw":
-        groups.append({"params": matrices, "rate": 1.0, **decayed})
-    betas, fused = (recipe.beta1, recipe.beta2), device.type in ("cuda", "cpu")
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, fused=fused)
-    ]
-    if recipe.optimizer == "muon":
-        settings = {"momentum": recipe.momentum, **decayed}
-        optimizers.append(Muon([{"params": matrices, "rate": 1.0}], recipe.learning_rate, **settings))
+        optimizers = [torch.optim.AdamW([*groups, block_group], lr=lr, betas=betas, fused=fused)]
+    else:
+        adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
+        optimizers = [adamw, Muon([block_group], lr, momentum=recipe.momentum)]
     held = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(map(id, parameters)), "the optimizers must hold each parameter once"
     return optimizers

@@ -1,7 +1,7 @@
-"""A training run: how it starts, what it saves, how it goes on.
+"""A training run: how it starts, what it saves, how it continues.
 
-`out/NAME/` holds `last.pt`, `previous.pt` (the one before it, used when `last.pt` is damaged) and `best.pt` (weights
-alone, of the lowest validation loss). checkpoint.py says how they are written and read.
+`out/NAME/` holds `last.pt`, `previous.pt` (the checkpoint before it, used when `last.pt` is damaged) and `best.pt`
+(only the weights, at the lowest validation loss). weights/checkpoint.py writes and reads them.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import torch
 from data.shards import Shards, open_shards, tokenizer_file
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
-from runtime.device import autocast, keep_freed_memory, resolve_device, resolve_dtype, warn_if_slow
+from runtime.device import autocast, keep_freed_memory, resolve_device, resolve_dtype, set_rng_state, warn_if_slow
 from runtime.errors import UserError
 from training.distributed import own_device
 from training.recipe import Recipe, make_optimizers
@@ -28,13 +28,13 @@ from weights.checkpoint import build_model, open_run, read_newest, save
 class RunConfig(Recipe):
     dataset: str = "local"  # shards to train on: a folder under data/shards, or a path
     out_dir: str = "out/run"  # where checkpoints and metrics go; a run found there is continued
-    init_from: str | None = None  # start from the weights of this run (a folder or a .pt file): fine-tuning
-    batch_size: int | None = 16  # sequences per micro-step; None takes the most that fit in memory
-    seed: int = 1337  # of the initial weights, dropout and the order of the data
-    device: str | None = None  # cuda, mps or cpu; None takes the best there is
-    dtype: str | None = None  # of the matrix products: float32, bfloat16, float16; None takes the device's native one
-    chunked_loss: bool = True  # compute the loss by chunks of rows (loss.py); False holds all logits at once
-    compile: bool = True  # torch.compile the model; where that fails, a warning, and on without
+    init_from: str | None = None  # fine-tune: start from the weights of this run, a folder or a .pt file
+    batch_size: int | None = 16  # sequences per micro-step; None finds as many as fit in memory
+    seed: int = 1337  # seed of the initial weights, dropout and the order of the data
+    device: str | None = None  # cuda, mps or cpu; None takes the best available
+    dtype: str | None = None  # float32, bfloat16 or float16 for matrix products; None takes the device's fast one
+    chunked_loss: bool = True  # compute logits and loss in chunks of rows, to save memory; False: all logits at once
+    compile: bool = True  # torch.compile the model; if that fails, warn and train without it
     verify: bool = False  # compare the shards' checksums before starting
 
     def __post_init__(self) -> None:
@@ -54,14 +54,14 @@ class RunConfig(Recipe):
 
 @dataclass
 class Run:
-    """A training run in progress. What `save_run` keeps of it is all that continuing exactly needs."""
+    """A training run in progress."""
 
     config: RunConfig
     model: GPT
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     tokenizer: Tokenizer
-    data_fingerprint: str  # of the shards it trains on
+    data_fingerprint: str  # the shards' Shards.fingerprint()
     device: torch.device
     dtype: torch.dtype
     step: int = 0  # optimizer steps taken
@@ -97,9 +97,9 @@ def open_dataset(config: RunConfig) -> Shards:
 
 
 def start_run(config: RunConfig, shards: Shards) -> Run:
-    """The run in `out_dir`, where its newest checkpoint left it, or a new one.
+    """The run in `out_dir`, as its newest checkpoint saved it, or a new run.
 
-    Raises UserError if the run there, or the one of `init_from`, does not match what `config` asks for.
+    Raises UserError if that run, or the one that `init_from` names, does not match `config`.
     """
     device = own_device(resolve_device(config.device))
     payload = read_newest(Path(config.out_dir), set_aside=True)
@@ -127,52 +127,54 @@ def start_run(config: RunConfig, shards: Shards) -> Run:
 
 
 def fine_tuned(config: RunConfig, tokenizer: Tokenizer, shards_path: Path, device: torch.device) -> GPT:
-    """The model of the run `init_from`, if its shapes and tokenizer are those asked for; else raises UserError."""
+    """The model of the run `init_from`. Raises UserError if its shapes or its tokenizer differ from this run's."""
     source_tokenizer, payload = open_run(config.init_from, verify=True)
     where = f"--init_from={config.init_from}"
     require_same(config, payload["model_config"], where, "set those values here")
     if source_tokenizer.sha256 != tokenizer.sha256:
         raise UserError(
-            f"{where}: trained with another tokenizer than {shards_path} has; prepare the data with "
+            f"{where}: trained with another tokenizer than that of {shards_path}; prepare the data with "
             "--tokenizer=PATH of the bpe.json beside the shards of that run"
         )
     return build_model(config, payload["model"], device)
 
 
 def compile_model(run: Run, cache_dir: Path) -> None:
-    """Compile the model in place, trying it on one micro-batch; where that fails, warn and leave it as it was. On a GPU
-    what was compiled is kept in `cache_dir`, for when the run goes on on another machine: a CPU's code is for that
-    processor alone, and torch does not tell them apart."""
+    """Compile the model in place and try it on one micro-batch; if that fails, warn and leave the model as it was.
+
+    On a GPU the compiled code is kept in `cache_dir`, for when the run continues on another machine. A CPU's code is
+    not: it fits that processor only, and torch does not tell processors apart.
+    """
     if run.device.type == "cuda":
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir.absolute()))  # where torch looks for it
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir.absolute()))  # read by torch
     run.model.compile_training()
     try:
         try_micro_step(run, run.config.batch_size)
     except torch.OutOfMemoryError:
-        run.model.zero_grad(set_to_none=True)  # the first step runs out too, and finds what fits
-    except Exception as error:  # no C++ compiler, an unsupported platform or Python: the compiler raises anything
+        run.model.zero_grad(set_to_none=True)  # the first step runs out too, and halves batch_size
+    except Exception as error:  # no C++ compiler, an unsupported platform: any exception is possible
         run.model.compile_training(False)
         run.model.zero_grad(set_to_none=True)
         reason = str(error).strip().split("\n")[0]
-        print(f"warning: torch.compile failed ({reason}); going on without it, slower", file=sys.stderr)
+        print(f"warning: torch.compile failed ({reason}); continuing without it, slower", file=sys.stderr)
 
 
 def try_micro_step(run: Run, batch_size: int) -> None:
-    """A micro-step of `batch_size` sequences that leaves nothing behind, neither gradients nor used-up randomness."""
+    """Run a micro-step of `batch_size` sequences, then clear its gradients and restore the random state."""
     tokens = torch.zeros((batch_size, run.config.block_size), dtype=torch.int32, device=run.device)
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []), autocast(run.device, run.dtype):
-        run.model(tokens, tokens.clone()).backward()  # two tensors, as in training: one would compile twice
+        run.model(tokens, tokens.clone()).backward()  # two tensors, as in training; with one it would compile again
     run.model.zero_grad(set_to_none=True)
 
 
 def save_run(run: Run, rng: dict[str, torch.Tensor]) -> None:
-    """Save as `last.pt` all that `restore_run` needs; the file of that name becomes `previous.pt`. `rng` is the
-    `rng_state` to continue with. Raises UserError, saving nothing, if a weight is not finite."""
+    """Save to `last.pt` everything that `start_run` needs to continue exactly, and rename the file it replaces to
+    `previous.pt`. `rng` is the `rng_state` to continue with. Raises UserError if a weight is not finite."""
     out_dir = Path(run.config.out_dir)
     if not all(parameter.isfinite().all() for parameter in run.model.parameters()):
         raise UserError(
-            f"step {run.step}: a weight is not finite, so nothing is saved; the checkpoints in {out_dir} are from "
-            "before: go on from there with a lower --learning_rate or --dtype=float32"
+            f"step {run.step}: a weight is not finite, so nothing is saved; continue from the last checkpoint in "
+            f"{out_dir} with a lower --learning_rate or --dtype=float32"
         )
     payload = {
         **_weights(run),
@@ -186,7 +188,7 @@ def save_run(run: Run, rng: dict[str, torch.Tensor]) -> None:
 
 
 def keep_best(run: Run, val_loss: float) -> None:
-    """Save the weights as `best.pt` if no evaluation before gave so low a loss."""
+    """Save the weights as `best.pt` if `val_loss` is the lowest of the run so far."""
     if val_loss < run.best_val_loss:
         run.best_val_loss = val_loss
         save(Path(run.config.out_dir) / "best.pt", _weights(run))
@@ -199,64 +201,45 @@ def _weights(run: Run) -> dict[str, Any]:
         "tokenizer": run.tokenizer.to_json(),
         "tokenizer_sha256": run.tokenizer.sha256,
         "config": dataclasses.asdict(run.config),
-        "dtype": str(run.dtype).removeprefix("torch."),
+        "dtype": run.dtype_name,
         "step": run.step,
         "tokens": run.tokens,
         "best_val_loss": run.best_val_loss,
     }
 
 
-def require_continuation(config: Recipe, payload: dict[str, Any], data_fingerprint: str) -> None:
-    """Raise UserError, naming what differs, unless a run with `config` can go on from `payload`, the newest checkpoint
-    of its `out_dir`: weights of the same shapes, data of the same content in the same order."""
+def require_continuation(config: RunConfig, payload: dict[str, Any], data_fingerprint: str) -> None:
+    """Check that a run with `config` can continue from `payload`, the newest checkpoint in its `out_dir`: same shapes,
+    same data in the same order, same optimizer. Raises UserError naming what differs."""
     if "optimizers" not in payload:
-        raise UserError(f"{config.out_dir}/last.pt: weights alone, as in best.pt; start a new run with --init_from")
+        raise UserError(f"{config.out_dir}/last.pt: only weights, as in best.pt; start a new run with --init_from")
     kept = ("seed", "tokens_per_step", "ramp_doublings", "ramp_steps", "optimizer")
     fixed = {**payload["model_config"], **{key: payload["config"][key] for key in kept}}
-    require_same(config, fixed, config.out_dir, "set the values of the run to go on, or start another with --out_dir")
+    require_same(config, fixed, config.out_dir, "set those values to continue it, or start another run with --out_dir")
     if payload["data_fingerprint"] != data_fingerprint:
         raise UserError(
-            f"{config.out_dir}: began on dataset {payload['config']['dataset']!r}, and {config.dataset!r} does not "
-            "hold what that held; restore it, or start another run with --out_dir"
+            f"{config.out_dir}: began on dataset {payload['config']['dataset']!r}, and the content of "
+            f"{config.dataset!r} differs from it; restore it, or start another run with --out_dir"
         )
     if payload["step"] > config.max_steps:
         raise UserError(f"{config.out_dir}: at step {payload['step']}, beyond --max_steps={config.max_steps}; raise it")
 
 
 def restore_run(run: Run, payload: dict[str, Any]) -> None:
-    """Put `run`, whose model has the weights of `payload` already, where that checkpoint left it."""
+    """Restore all of `run` but the model from the checkpoint `payload`: optimizers, scaler, step, random state."""
     for optimizer, saved in zip(run.optimizers, payload["optimizers"], strict=True):
-        groups = optimizer.state_dict()["param_groups"]  # with the weight decay and betas that are asked for now
+        groups = optimizer.state_dict()["param_groups"]  # the weight decay and betas of the current config
         optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-    if payload["scaler"]:  # empty if the run had no use for one, on other hardware
+    if payload["scaler"]:  # empty if it was saved by a run in another dtype
         run.scaler.load_state_dict(payload["scaler"])
     run.step, run.best_val_loss, run.wandb_id = (payload[key] for key in ("step", "best_val_loss", "wandb_id"))
     set_rng_state(payload["rng"], run.device)
 
 
 def require_same(config: GPTConfig, fixed: dict[str, Any], where: str, remedy: str) -> None:
-    """Raise UserError naming each setting of `fixed` that is another in `config`; of some, weights know nothing."""
+    """Raise UserError naming the settings of `config` that differ from `fixed` and that weights depend on."""
     free = ("dropout", "zero_init", "document_end")
     different = {key: value for key, value in fixed.items() if getattr(config, key) != value and key not in free}
     if different:
         values = ", ".join(f"{key} is {value} there, {getattr(config, key)} here" for key, value in different.items())
         raise UserError(f"{where}: {values}; {remedy}")
-
-
-def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The state of torch's random generators that training on `device` draws from."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        state["mps"] = torch.mps.get_rng_state()
-    return state
-
-
-def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Undo what was drawn since `rng_state`; a generator that the run did not have where it was saved is left alone."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    elif device.type == "mps" and "mps" in state:
-        torch.mps.set_rng_state(state["mps"])

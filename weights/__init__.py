@@ -1,1 +1,1 @@
-"""Checkpoints on disk."""
+"""Weights on disk: checkpoints."""

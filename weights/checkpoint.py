@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, verified, and read without executing anything in them.
 
-A checkpoint is a torch file of tensors and primitives, with the model's sizes and the tokenizer's file in it, so that
-it is all one needs to sample. A run's folder holds up to three (run.py).
+A checkpoint is a torch file of tensors and primitives. It also holds the model's sizes and the tokenizer, so that
+sampling needs nothing else. A run's folder has up to three: last.pt, previous.pt, best.pt (training/run.py).
 """
 
 import errno
@@ -22,12 +22,12 @@ FORMAT = "codegpt checkpoint 2"
 
 
 def save(path: Path, payload: dict[str, Any], keep: Path | None = None) -> None:
-    """Write `payload` to `path`, whole or not at all; a file already there is first renamed to `keep`, if given.
-    Raises OSError when the disk refuses, and `path` is then as it was."""
+    """Write `payload` to `path`, whole or not at all. A file already there is first renamed to `keep`, if given.
+    Raises OSError if writing fails; `path` is then as it was."""
     try:
         with atomic_write(path, "wb", keep) as file:
             torch.save({"format": FORMAT, **payload}, file)
-    except (OSError, RuntimeError) as error:  # torch's writer raises its own error while the disk's is on its way up
+    except (OSError, RuntimeError) as error:  # torch's writer hides the disk's error behind its own
         cause = error if isinstance(error, OSError) else error.__context__
         reason = cause.strerror if isinstance(cause, OSError) else str(error).split("\n")[0]
         raise OSError(
@@ -37,24 +37,24 @@ def save(path: Path, payload: dict[str, Any], keep: Path | None = None) -> None:
 
 
 def read(path: Path, mmap: bool = False, verify: bool = True) -> dict[str, Any]:
-    """The payload at `path`, tensors on the CPU. Raises UserError if it is damaged or not a checkpoint.
+    """Returns the payload at `path`, tensors on the CPU. Raises UserError if it is damaged or not a checkpoint.
 
-    Its checksums are compared first: torch writes one per tensor but, reading, does not look at them. With `mmap` the
-    tensors are read from the file when used; whoever uses none of them need not `verify` them, and reads kilobytes.
+    Checksums are compared first: torch writes one per tensor, but does not check it when reading. With `mmap` a tensor
+    is read from the file when it is used. Without `verify` its checksum is not compared, and only kilobytes are read.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
-                if verify or name.endswith("/data.pkl"):  # which holds all but the tensors
-                    _read_to_the_end(archive, name)
+                if verify or name.endswith("/data.pkl"):  # everything but the tensors
+                    with archive.open(name) as file:
+                        while file.read(2**20):  # at its end the checksum is compared
+                            pass
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such checkpoint; train one with python train.py, or name another --out_dir"
-        ) from None
+        raise UserError(f"{path}: no such checkpoint; train one with train.py, or name another --out_dir") from None
     except (PermissionError, MemoryError):
         raise
-    except Exception as error:  # a zip, pickle or decoding error: whatever a damaged file leads torch's reader to
+    except Exception as error:  # a damaged file makes torch's reader raise anything
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the disk's fault, not the file's
             raise
         raise UserError(f"{path}: damaged, or not a checkpoint; name another") from None
@@ -66,22 +66,12 @@ def read(path: Path, mmap: bool = False, verify: bool = True) -> dict[str, Any]:
     return payload
 
 
-def _read_to_the_end(archive: zipfile.ZipFile, name: str) -> None:
-    """Raise zipfile.BadZipFile if a file in `archive` does not have its checksum."""
-    with archive.open(name) as file:
-        while file.read(2**20):
-            pass
-
-
 def read_newest(
     out_dir: Path, mmap: bool = False, verify: bool = True, set_aside: bool = False
 ) -> dict[str, Any] | None:
-    """The payload of a run's newest readable checkpoint; None if it has none yet. Raises UserError if all
-    are damaged.
-
-    A damaged one is passed over with a warning, and with `set_aside` renamed, so that it never becomes `previous.pt`.
-    """
-    damaged = {}
+    """Returns the payload of a run's newest readable checkpoint; None if it has none yet. Skips a damaged one with a
+    warning; `set_aside` also renames it, so that it never becomes previous.pt. Raises UserError if all are damaged."""
+    damaged: dict[Path, UserError] = {}
     for path in (out_dir / "last.pt", out_dir / "previous.pt"):
         try:
             payload = read(path, mmap, verify)
@@ -101,7 +91,7 @@ def read_newest(
 
 
 def latest_run() -> str:
-    """The folder under out/ with the newest checkpoint. Raises UserError if there is none."""
+    """Returns the folder under out/ with the newest checkpoint. Raises UserError if there is none."""
     checkpoints = [path for name in ("last.pt", "previous.pt") for path in Path("out").glob(f"*/{name}")]
     if not checkpoints:
         raise UserError("out: no run with a checkpoint; train one with python train.py, or name it with --out_dir")
@@ -109,17 +99,17 @@ def latest_run() -> str:
 
 
 def load(out_dir: str, device: torch.device, which: str = "last") -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """Model in evaluation mode on `device`, tokenizer and payload of the run in `out_dir`, or of one `.pt` file.
+    """Returns model (in evaluation mode, on `device`), tokenizer and payload of a run's folder or of a `.pt` file.
 
-    `which` is "last" or "best". Raises UserError if there is none, or if its tokenizer is not the one it was trained
-    with or does not fit its vocabulary.
+    `which` is "last" or "best". Raises UserError if there is no checkpoint, or if its tokenizer is not the one that the
+    model was trained with or does not fit its vocabulary.
     """
     tokenizer, payload = open_run(out_dir, which, verify=True)
     return build_model(GPTConfig(**payload["model_config"]), payload["model"], device).eval(), tokenizer, payload
 
 
 def build_model(config: GPTConfig, weights: dict[str, torch.Tensor], device: torch.device) -> GPT:
-    """A model with a copy of these weights; none are drawn at random first."""
+    """Returns a model with a copy of these weights, without drawing random ones first."""
     with torch.device("meta"):
         model = GPT(config)
     model.load_state_dict({name: weight.to(device, copy=True) for name, weight in weights.items()}, assign=True)
@@ -127,8 +117,8 @@ def build_model(config: GPTConfig, weights: dict[str, torch.Tensor], device: tor
 
 
 def open_run(out_dir: str, which: str = "last", verify: bool = False) -> tuple[Tokenizer, dict[str, Any]]:
-    """Tokenizer and payload of the run in `out_dir`, or of one `.pt` file, as `load` finds them. The payload's tensors
-    are read when they are used, and unless `verify` is set, not before."""
+    """Returns tokenizer and payload of a run's folder or of a `.pt` file; raises what `load` does. Tensors are read
+    from the file when they are used; only `verify` reads them before, to compare checksums."""
     path = Path(out_dir)
     if which not in ("last", "best"):
         raise UserError(f"--checkpoint={which}: not one of last, best")

@@ -1,5 +1,5 @@
-# CodeParrot's extended cleaning of its own corpus, and a tokenizer of its own: filters, near duplicates by words at
-# Jaccard 0.85, a BPE of 32,768 ids. All 54 files, about 14 GB of downloads, one at a time.
+# CodeParrot-clean with CodeParrot's later cleaning: more filters, no near duplicates (sets of words, Jaccard 0.85), and
+# a BPE of 32,768 ids learnt from it. All 54 files are downloaded one at a time, about 14 GB.
 name = "codeparrot_v2"
 source = "hub:codeparrot/codeparrot-clean"
 filters = "codeparrot_v2"

@@ -1,5 +1,5 @@
-# PolyCoder's treatment, of the checkouts below data/raw/repositories, a folder each: 12 languages, files of at most
-# 1 MB and at least 100 tokens, no exact duplicates. Validation is kept by language, for perplexity by language.
+# PolyCoder's recipe for the checkouts in data/raw/repositories, one folder per repository: 12 languages, files of at
+# most 1 MB and at least 100 tokens, no exact duplicates.
 name = "polycoder"
 source = "dir:data/raw/repositories"
 languages = "C,C#,C++,Go,Java,JavaScript,PHP,Python,Ruby,Rust,Scala,TypeScript"

@@ -1,6 +1,6 @@
-# StarCoder's treatment, of a sample of The Stack: licences, filters, decontamination, near duplicates by 5-grams at
-# Jaccard 0.7, redaction, metadata, fill-in-the-middle, notebooks. Accept The Stack's terms on its page and log in first
-# (hf auth login); get the problems to keep out, and detect-secrets, with the commands in the README.
+# StarCoder's recipe for a sample of The Stack: licences, filters, decontamination, near duplicates (5-grams, Jaccard
+# 0.7), redaction, metadata, fill-in-the-middle, notebooks. First accept The Stack's terms on its page and log in (hf
+# auth login). docs/data.md has the commands that download the benchmark problems and install detect-secrets.
 name = "starcoder"
 source = "hub:bigcode/the-stack-smol"
 licenses = "permissive"

@@ -1,1 +1,1 @@
-"""Functions of documents: which stay, and as what."""
+"""Decides which documents stay, and what is replaced in them."""

@@ -1,7 +1,7 @@
-"""Documents that hold a benchmark's problem: its docstring or text, or its solution.
+"""Finds documents that contain a benchmark problem: its docstring, its text or its solution.
 
-Compared without case and white space, as a part of the document. For speed each needle is first looked for by eight of
-its bytes, at every place of the text at once; where these occur, the whole needle is compared.
+A problem's strings, the needles, are searched for in the document, both without case and white space. For speed eight
+bytes of each needle are looked up first, at all positions at once. The whole needle is compared only where they occur.
 
 Source: StarCoder, which dropped files with HumanEval's docstrings or solutions and MBPP's texts or solutions.
 """
@@ -30,16 +30,14 @@ def squeeze(text: str) -> str:
 
 
 def needles_of(rows: Iterable[dict[str, Any]], min_chars: int, columns: str, name: str) -> list[Needle]:
-    """What to look for, of problems in rows of a file `name`: the texts in the comma-separated `columns`; of a `prompt`
-    that is code, the docstring of its `entry_point`. What is shorter than `min_chars`, squeezed, is exempt: `return
-    sum(numbers)` proves nothing. Raises UserError on a row that has none of the columns."""
+    """The needles of the problems in the rows of a file `name`: the texts in the comma-separated `columns`, but of a
+    `prompt` that is code only the docstring of its `entry_point`. Squeezed texts shorter than `min_chars` are left out,
+    because `return sum(numbers)` proves nothing. Raises UserError on a row that has none of the columns."""
     needles = []
     for number, row in enumerate(rows, start=1):
         texts = [row[column] for column in columns.split(",") if isinstance(row.get(column), str)]
         if not texts:
-            raise UserError(
-                f"{name}, problem {number}: has no column {columns}; name its columns with --contaminant_columns"
-            )
+            raise UserError(f"{name}, problem {number}: has none of the columns {columns}; set --contaminant_columns")
         problem = str(row.get("task_id", number))
         if "entry_point" in row and isinstance(row.get("prompt"), str):
             texts = [text for text in texts if text != row["prompt"]] + _docstrings(row["prompt"], row["entry_point"])
@@ -50,8 +48,8 @@ def needles_of(rows: Iterable[dict[str, Any]], min_chars: int, columns: str, nam
 
 
 def _docstrings(prompt: str, entry_point: str) -> list[str]:
-    """The strings that stand in the function to complete, as they are written in the source; a prompt that is no code,
-    whole."""
+    """The docstring of the function to complete, as written in the source; the whole prompt if it is not code. Returns
+    a list of one string, or an empty one."""
     try:
         functions = [node for node in ast.walk(ast.parse(prompt)) if isinstance(node, ast.FunctionDef)]
     except (SyntaxError, ValueError):
@@ -62,7 +60,7 @@ def _docstrings(prompt: str, entry_point: str) -> list[str]:
 
 
 class Decontaminator:
-    """Finds the problems that a text holds."""
+    """Finds the problems that a text contains."""
 
     def __init__(self, needles: list[Needle]):
         self.by_anchor: defaultdict[int, list[Needle]] = defaultdict(list)
@@ -70,8 +68,8 @@ class Decontaminator:
             middle = (len(needle.text) - 8) // 2
             self.by_anchor[int.from_bytes(needle.text[middle : middle + 8], "little")].append(needle)
         self.anchors = np.array(sorted(self.by_anchor), dtype=np.uint64)
-        self.table = np.zeros(2**_TABLE_BITS, dtype=bool)  # a first sieve, small enough for the cache
-        self.table[self._places(self.anchors)] = True
+        self.table = np.zeros(2**_TABLE_BITS, dtype=bool)  # a first test, small enough for the processor's cache
+        self.table[self._slots(self.anchors)] = True
 
     def problems(self, squeezed: str) -> list[str]:
         """The problems whose needles occur in a squeezed text, sorted."""
@@ -79,11 +77,12 @@ class Decontaminator:
         candidates: set[int] = set()
         for shift in range(min(8, max(0, len(data) - 7))):
             windows = np.frombuffer(data, "<u8", offset=shift, count=(len(data) - shift) // 8)
-            windows = windows[self.table[self._places(windows)]]
+            windows = windows[self.table[self._slots(windows)]]
             candidates.update(windows[np.isin(windows, self.anchors)].tolist())
         needles = (needle for anchor in candidates for needle in self.by_anchor[anchor])
         return sorted({needle.problem for needle in needles if needle.text in data})
 
     @staticmethod
-    def _places(windows: np.ndarray) -> np.ndarray:
+    def _slots(windows: np.ndarray) -> np.ndarray:
+        """The index into `table` of each window."""
         return ((windows * _FACTOR) >> np.uint64(64 - _TABLE_BITS)).astype(np.int64)

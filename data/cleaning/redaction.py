@@ -1,11 +1,11 @@
-"""Personal data and secrets, replaced: e-mail addresses and keys by StarCoder's markers, IP addresses by private ones.
+"""Replaces e-mail addresses and keys by StarCoder's markers, and public IP addresses by private ones.
 
-Private IP addresses and well-known DNS servers stay. Keys and tokens are found by detect-secrets' detectors of known
-forms (AWS, GitHub, Slack, JSON web tokens, passwords in URLs, …) and as the lines of a PEM private key; its detectors
-of high entropy are left out, because most of what they find in source code is no secret. Names and passwords, which
-StarCoder found with a model of its own, are not looked for.
+The addresses of well-known DNS servers stay. Keys and tokens are found by detect-secrets' detectors of known forms
+(AWS, GitHub, Slack, JSON web tokens, passwords in URLs, …); the lines of a PEM private key are keys too. Detectors of
+high entropy are left out, because most of what they find in source code is not a secret. Names and passwords, which
+StarCoder found with a model, are not looked for.
 
-Python that could be parsed before can be after: if it cannot, only its strings and comments are redacted.
+Python that parses before redaction parses after it: where it would not, only strings and comments are redacted.
 """
 
 import ast
@@ -16,23 +16,24 @@ import tokenize
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 from runtime.errors import UserError
 
-EMAIL_DOMAIN = re.compile(r"@(?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,}(?![\w-])")  # begins with what is rare
+EMAIL_DOMAIN = re.compile(r"@(?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,}(?![\w-])")  # begins with "@", which is rare: faster
 EMAIL_NAME = re.compile(r"[A-Za-z0-9_][\w.+-]{0,63}\Z")
 NOBODY = re.compile(r"git@|.*@(?:.*\.)?example\.(?:com|org|net)$", re.IGNORECASE)
 IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)")
 IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
 VERSION = re.compile(r"v(?:er(?:sion)?)?[\W_]{0,8}$", re.IGNORECASE)
 PEM = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY[A-Z ]*-----(.{1,20000}?)-----END", re.DOTALL)
-REST_OF_TOKEN = re.compile(r"[\w+/=-]{0,500}", re.ASCII)  # a detector may stop before the end
+REST_OF_TOKEN = re.compile(r"[\w+/=-]{0,500}", re.ASCII)  # a detector's match may end before the key does
 PEM_LINE = re.compile(r"[A-Za-z0-9+/=]{16,}")
 IPV4_HINT = re.compile(r"\.\d{1,3}\.\d")
 IPV6_HINT = re.compile(r":[0-9A-Fa-f]{0,4}:")
-# Words without which a text holds no key of a kind, in lower case. With them, and the hints above, redaction takes a
-# sixth of the time; and npm's pattern, left alone, would take minutes for 300,000 slashes.
+# A detector is skipped for texts without one of its words, in lower case. These words and the hints above make
+# redaction six times as fast. Without its word, npm's pattern would take minutes for 300,000 slashes.
 COMES_WITH = {
     "AWSKeyDetector": ("a3t", "abia", "acca", "akia", "asia", "aws"),
     "CloudantDetector": ("cloudant",),
@@ -64,7 +65,7 @@ class Finding(NamedTuple):
 
 
 class Redactor:
-    """Replaces personal data and secrets. Raises UserError if detect-secrets is not installed."""
+    """Finds and replaces personal data and secrets. Raises UserError if detect-secrets is not installed."""
 
     def __init__(self) -> None:
         try:
@@ -72,7 +73,7 @@ class Redactor:
             from detect_secrets.plugins.base import RegexBasedDetector
         except ImportError:
             raise UserError("--redact: needs detect-secrets; install it with: pip install detect-secrets") from None
-        # The first two are found here; the third takes any word that begins with AP and a letter up to F for a key.
+        # This module finds the first two; the third takes every word that begins with APA to APF for a key.
         left_out = ("Public IP (ipv4)", "Private Key", "Artifactory Credentials")
         self.detectors = [
             detector()
@@ -81,43 +82,45 @@ class Redactor:
         ]
 
     def redact(self, text: str, language: str | None) -> tuple[str, Counter[str]] | None:
-        """The text with what was found replaced, and how many of each kind; None for Python that cannot be redacted
-        without breaking it."""
-        if text.startswith("\ufeff"):  # a byte order mark, which Python's own parser does not take in a str
-            rest = self.redact(text[1:], language)
-            return rest and ("\ufeff" + rest[0], rest[1])
+        """The redacted text and the number of replacements of each kind; None for Python that would no longer parse."""
+        if text.startswith("\ufeff"):  # a byte order mark, which Python's parser does not accept in a str
+            result = self.redact(text[1:], language)
+            return None if result is None else ("\ufeff" + result[0], result[1])
         findings = self.find(text)
         redacted = _replace(text, findings)
-        if not findings or language != "Python" or _parses(redacted) or not _parses(text):
-            return redacted, Counter(finding.kind for finding in findings)
-        spans = _strings_and_comments(text)
-        findings = [f for f in findings if any(start <= f.start and f.end <= end for start, end in spans)]
-        redacted = _replace(text, findings)
-        return (redacted, Counter(finding.kind for finding in findings)) if _parses(redacted) else None
+        if findings and language == "Python" and not _parses(redacted) and _parses(text):
+            spans = _strings_and_comments(text)
+            findings = [f for f in findings if any(start <= f.start and f.end <= end for start, end in spans)]
+            redacted = _replace(text, findings)
+            if not _parses(redacted):
+                return None
+        return redacted, Counter(finding.kind for finding in findings)
 
     def find(self, text: str) -> list[Finding]:
-        """What is to be replaced, in order; where findings overlap, the first, and of those keys before the longest."""
-        found = [*_emails(text), *_addresses(text), *self._keys(text)]
-        found.sort(key=lambda finding: (finding.start, finding.kind != "key", -finding.end))
-        apart: list[Finding] = []
-        for finding in found:
-            if not apart or finding.start >= apart[-1].end:
-                apart.append(finding)
-        return apart
+        """What to replace, in order and without overlaps. Of findings that overlap the one that starts first is kept;
+        at the same start a key comes first, then the longest."""
+        candidates = [*_emails(text), *_addresses(text), *self._keys(text)]
+        candidates.sort(key=lambda finding: (finding.start, finding.kind != "key", -finding.end))
+        findings: list[Finding] = []
+        for candidate in candidates:
+            if not findings or candidate.start >= findings[-1].end:
+                findings.append(candidate)
+        return findings
 
     def _keys(self, text: str) -> Iterator[Finding]:
         for block in PEM.finditer(text):
             lines = PEM_LINE.finditer(text, block.start(1), block.end(1))
             yield from (Finding(*line.span(), "key") for line in lines)
         lower = text.lower()
-        detectors = (
-            d for d in self.detectors if any(word in lower for word in COMES_WITH.get(type(d).__name__, ("",)))
-        )
-        for pattern in (pattern for detector in detectors for pattern in detector.denylist):
-            for match in pattern.finditer(text):
-                # A group is the secret itself, unless it begins the match, as GitHub's "ghp" does.
-                group = int(pattern.groups > 0 and match.start(1) > match.start())
-                yield Finding(match.start(group), REST_OF_TOKEN.match(text, match.end(group)).end(), "key")
+        for detector in self.detectors:
+            words = COMES_WITH.get(type(detector).__name__)
+            if words is not None and not any(word in lower for word in words):
+                continue
+            for pattern in detector.denylist:
+                for match in pattern.finditer(text):
+                    # Group 1 is the secret itself, unless it begins the match, as GitHub's "ghp" does.
+                    group = 1 if pattern.groups > 0 and match.start(1) > match.start() else 0
+                    yield Finding(match.start(group), REST_OF_TOKEN.match(text, match.end(group)).end(), "key")
 
 
 def _emails(text: str) -> Iterator[Finding]:
@@ -128,12 +131,15 @@ def _emails(text: str) -> Iterator[Finding]:
 
 
 def _addresses(text: str) -> Iterator[Finding]:
-    for match in IPV4.finditer(text) if IPV4_HINT.search(text) else ():
-        if _is_public(match[0]) and not VERSION.search(text, max(0, match.start() - 16), match.start()):
-            yield Finding(*match.span(), "ipv4")
-    for match in IPV6.finditer(text) if IPV6_HINT.search(text) else ():
-        if len(match[0].replace("::", ":").strip(":").split(":")) > 2 and _is_public(match[0]):  # x[1::2] is a slice
-            yield Finding(*match.span(), "ipv6")
+    if IPV4_HINT.search(text):
+        for match in IPV4.finditer(text):
+            if _is_public(match[0]) and not VERSION.search(text, max(0, match.start() - 16), match.start()):
+                yield Finding(*match.span(), "ipv4")
+    if IPV6_HINT.search(text):
+        for match in IPV6.finditer(text):
+            groups = match[0].replace("::", ":").strip(":").split(":")
+            if len(groups) > 2 and _is_public(match[0]):  # the 1::2 in x[1::2] is no address
+                yield Finding(*match.span(), "ipv6")
 
 
 def _is_public(address: str) -> bool:
@@ -145,43 +151,40 @@ def _is_public(address: str) -> bool:
 
 
 def _replace(text: str, findings: list[Finding]) -> str:
-    """Equal addresses become equal private ones."""
+    """The text with the findings replaced. Equal addresses are replaced by equal private ones."""
     numbers: dict[str, int] = {}
     pieces, end = [], 0
     for finding in findings:
         number = numbers.setdefault(text[finding.start : finding.end], len(numbers) + 1)
-        marker = {
+        replacements = {
             "email": "<EMAIL>",
             "key": "<KEY>",
             "ipv4": f"10.0.{number // 254 % 256}.{number % 254 + 1}",
             "ipv6": f"fd00::{number:x}",
-        }[finding.kind]
-        pieces += [text[end : finding.start], marker]
+        }
+        pieces += [text[end : finding.start], replacements[finding.kind]]
         end = finding.end
     return "".join([*pieces, text[end:]])
 
 
 def _parses(text: str) -> bool:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), suppress(SyntaxError, ValueError, RecursionError, MemoryError):
         warnings.simplefilter("ignore")
-        try:
-            ast.parse(text)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return False
-    return True
+        ast.parse(text)
+        return True
+    return False
 
 
 def _strings_and_comments(text: str) -> list[tuple[int, int]]:
-    starts = [0]
-    for line in io.StringIO(text, newline=""):  # as tokenize counts lines
-        starts.append(starts[-1] + len(line))
+    """The start and end of each string and comment in Python code."""
+    line_starts = [0]
+    for line in io.StringIO(text, newline=""):  # counts lines as tokenize does
+        line_starts.append(line_starts[-1] + len(line))
     kinds = {tokenize.STRING, tokenize.COMMENT, getattr(tokenize, "FSTRING_MIDDLE", None)}
     spans = []
-    try:
+    with suppress(tokenize.TokenError, SyntaxError):  # after an error the spans found so far are returned
         for token in tokenize.generate_tokens(io.StringIO(text, newline="").readline):
             if token.type in kinds:
                 (row, column), (last_row, last_column) = token.start, token.end
-                spans.append((starts[row - 1] + column, starts[last_row - 1] + last_column))
-    except (tokenize.TokenError, SyntaxError):
-        pass  # what parses is tokenized to its end; if not, what was found so far will do
+                spans.append((line_starts[row - 1] + column, line_starts[last_row - 1] + last_column))
     return spans

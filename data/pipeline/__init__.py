@@ -1,1 +1,1 @@
-"""The data stage, step by step."""
+"""The steps of the data stage, and the workers that run them."""

@@ -1,4 +1,4 @@
-"""A dry run: some documents through every step in memory, and what is dropped."""
+"""A dry run: takes some documents through every step in memory and shows what would be dropped."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -9,26 +9,27 @@ from data.cleaning import duplicates
 from data.documents import Document, Input, Rejection
 from data.pipeline import report
 from data.pipeline.assemble_shards import EXACT, NEAR, STATUS
-from data.pipeline.learn_tokenizer import make_tokenizer
-from data.pipeline.steps import Draft, RefineConfig, Refinery, Tally, is_validation
+from data.pipeline.learn_tokenizer import make_tokenizer, spread
+from data.pipeline.steps import Draft, PipelineConfig, Refinery, is_validation
+from data.pipeline.tally import Tally
 
-READ_INPUTS = 4  # the documents come from at most this many inputs, spread over the source
+READ_INPUTS = 4  # the documents come from at most this many inputs
 
 
-def preview(config: RefineConfig, inputs: list[Input], n_documents: int) -> dict[str, int]:
-    """Take about `n_documents`, the first of some inputs, through every step and print what is dropped and how it
-    begins; returns how many for each reason."""
+def preview(config: PipelineConfig, inputs: list[Input], n_documents: int) -> dict[str, int]:
+    """Takes about `n_documents` through every step and prints what is dropped. Returns the number dropped by reason."""
     tally = Tally()
-    chosen = [inputs[place] for place in np.unique(np.linspace(0, len(inputs) - 1, READ_INPUTS).astype(int))]
-    read = {item: list(islice(item.records(skip=0), -(-n_documents // len(chosen)))) for item in chosen}
-    for rejection in (record for records in read.values() for record in records if isinstance(record, Rejection)):
-        tally.reject(rejection.reason, rejection.where)
-    documents = {item: [d for d in records if isinstance(d, Document)] for item, records in read.items()}
+    chosen = spread(inputs, READ_INPUTS)
+    documents: dict[bool, list[Document]] = {True: [], False: []}  # by whether their input goes to validation
+    for item in chosen:
+        for record in islice(item.records(skip=0), -(-n_documents // len(chosen))):
+            if isinstance(record, Rejection):
+                tally.reject(record.reason, record.where)
+            else:
+                documents[is_validation(item, config.val_files)].append(record)
     tokenizer = make_tokenizer(config, (document.text for some in documents.values() for document in some))
     refinery = Refinery(config, tokenizer)
-    drafts = [
-        draft for item, some in documents.items() for draft in refinery.refine(some, is_validation(item, config), tally)
-    ]
+    drafts = [draft for to_val, some in documents.items() for draft in refinery.refine(some, to_val, tally)]
     for reason, copy, original in _duplicates(drafts, config):
         tally.drop(reason, copy.document, f", as {original.document.repo}: {original.document.path}")
     n_read = sum(map(len, documents.values()))
@@ -37,17 +38,22 @@ def preview(config: RefineConfig, inputs: list[Input], n_documents: int) -> dict
     return dict(tally.rejected)
 
 
-def _duplicates(drafts: list[Draft], config: RefineConfig) -> Iterator[tuple[str, Draft, Draft]]:
-    """Later copies: the reason, the copy, and the document it is a copy of."""
+def _duplicates(drafts: list[Draft], config: duplicates.DedupConfig) -> Iterator[tuple[str, Draft, Draft]]:
+    """For each later copy: the reason to drop it, the copy, and the document that it repeats."""
     firsts: dict[bytes, Draft] = {}
+    distinct: list[Draft] = []
     for draft in drafts:
-        if config.exact_duplicates and draft.digest in firsts:
-            yield STATUS[EXACT], draft, firsts[draft.digest]
+        original = firsts.setdefault(draft.digest, draft) if config.exact_duplicates else draft
+        if original is draft:
+            distinct.append(draft)
         else:
-            firsts[draft.digest if config.exact_duplicates else str(len(firsts)).encode()] = draft
-    chosen = [draft for draft in firsts.values() if draft.sketch]
-    if config.near_threshold is not None and chosen:
-        keys, signatures = (np.array([draft.sketch[place] for draft in chosen]) for place in (0, 1))
-        first = duplicates.near_duplicates(keys.T, signatures, np.ones(len(chosen), bool), config.near_threshold)
-        pairs = zip(chosen, first, strict=True)
-        yield from ((STATUS[NEAR], draft, chosen[f]) for draft, f in pairs if draft is not chosen[f])
+            yield STATUS[EXACT], draft, original
+    sketched = [draft for draft in distinct if draft.sketch is not None]
+    if config.near_threshold is None or not sketched:
+        return
+    keys = np.array([draft.sketch[0] for draft in sketched])
+    signatures = np.array([draft.sketch[1] for draft in sketched])
+    first = duplicates.near_duplicates(keys.T, signatures, np.ones(len(sketched), bool), config.near_threshold)
+    for index, draft in enumerate(sketched):
+        if first[index] != index:
+            yield STATUS[NEAR], draft, sketched[first[index]]

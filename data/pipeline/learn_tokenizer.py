@@ -9,20 +9,21 @@ import numpy as np
 
 from data.documents import Document, Input, fraction, utf8_bytes
 from data.pipeline.report import progress_bar
-from data.pipeline.steps import RefineConfig, Refinery, Tally, is_validation
+from data.pipeline.steps import PipelineConfig, Refinery, is_validation
+from data.pipeline.tally import Tally
 from data.sequences import SPECIALS
 from data.shards import tokenizer_file
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from runtime.errors import UserError
 from runtime.files import write_json
 
-SAMPLED_INPUTS = 8  # the sample comes from at most this many, spread over the source; a hub's are downloaded for it
+SAMPLED_INPUTS = 8  # the sample comes from at most this many inputs; inputs of a hub are downloaded for it
 HELD_OUT_BYTES = 2**21  # validation text on which tokenizers are compared
 
 
-def tokenizer_for(config: RefineConfig, inputs: list[Input], folder: Path) -> Tokenizer:
-    """The tokenizer the settings ask for, kept in `folder`, so that a run that goes on uses the same; beside one that
-    is trained, tokenizers.json compares it with cl100k_base. Raises UserError if it cannot be had."""
+def tokenizer_for(config: PipelineConfig, inputs: list[Input], folder: Path) -> Tokenizer:
+    """The tokenizer that the settings ask for. It is kept in `folder`, so that a run that continues uses the same one.
+    For a trained one, tokenizers.json compares it with cl100k_base. Raises UserError if it cannot be loaded."""
     path = tokenizer_file(folder)
     if path.exists():
         return load_tokenizer(str(path))
@@ -34,8 +35,8 @@ def tokenizer_for(config: RefineConfig, inputs: list[Input], folder: Path) -> To
     return tokenizer
 
 
-def make_tokenizer(config: RefineConfig, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer the settings ask for, with the special tokens they need, learnt from `texts` if it is to be."""
+def make_tokenizer(config: PipelineConfig, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer that the settings ask for, with the special tokens that they need; train:N learns from `texts`."""
     needs_specials = config.metadata_rate or config.fim_rate or config.notebooks or "commits:" in config.source
     specials = SPECIALS if needs_specials else ()
     kind, _, size = config.tokenizer.partition(":")
@@ -46,34 +47,40 @@ def make_tokenizer(config: RefineConfig, texts: Iterable[str]) -> Tokenizer:
     return train_tokenizer(texts, int(size) - len(specials)).with_specials(specials)
 
 
-def _sample(inputs: list[Input], config: RefineConfig, held_out: list[str]) -> Iterator[str]:
-    """Cleaned training documents, chosen by a hash of repository and path, from inputs spread evenly over the source,
-    up to `tokenizer_sample_bytes`; some of the validation text among them goes to `held_out`."""
-    chosen = [inputs[place] for place in np.unique(np.linspace(0, len(inputs) - 1, SAMPLED_INPUTS).astype(int))]
+def spread(inputs: list[Input], count: int) -> list[Input]:
+    """At most `count` of the inputs, spread evenly over the source."""
+    return [inputs[index] for index in np.unique(np.linspace(0, len(inputs) - 1, count).astype(int))]
+
+
+def _sample(inputs: list[Input], config: PipelineConfig, held_out: list[str]) -> Iterator[str]:
+    """Cleaned training documents, chosen by a hash of repository and path from some of the inputs, up to
+    `tokenizer_sample_bytes`. Validation text among them is added to `held_out`, up to HELD_OUT_BYTES."""
+    chosen = spread(inputs, SAMPLED_INPUTS)
     rate = config.tokenizer_sample_bytes / max(1, sum(item.text_bytes for item in chosen))
     refinery = Refinery(dataclasses.replace(config, decontaminate=None, redact=False))
     left, left_held_out = config.tokenizer_sample_bytes, HELD_OUT_BYTES
     with progress_bar("sampling for the tokenizer", left) as bar:
         for item in chosen:
             for document in (record for record in item.records(skip=0) if isinstance(record, Document)):
-                is_val = is_validation(item, config) or refinery.split(document) == "val"
+                is_val = is_validation(item, config.val_files) or refinery.split(document) == "val"
                 draw = fraction(f"sample {config.seed} {document.repo} {document.path}")
                 if draw >= rate or (is_val and left_held_out <= 0):
                     continue
-                for text in (kept.text for kept in refinery.clean([document], Tally())):
+                for cleaned in refinery.clean([document], Tally()):  # none if the filters drop it
+                    n_bytes = utf8_bytes(cleaned.text)
                     if is_val:
-                        left_held_out -= utf8_bytes(text)
-                        held_out.append(text)
+                        left_held_out -= n_bytes
+                        held_out.append(cleaned.text)
                     else:
-                        left -= utf8_bytes(text)
-                        bar.update(utf8_bytes(text))
-                        yield text
+                        left -= n_bytes
+                        bar.update(n_bytes)
+                        yield cleaned.text
                 if left <= 0:
                     return
 
 
 def _compared(tokenizer: Tokenizer, held_out: list[str]) -> dict[str, float]:
-    """Bytes a token on the same held-out text, of a new tokenizer and of cl100k_base if that can be had."""
+    """Bytes per token on the held-out text, of a new tokenizer and, if it can be loaded, of cl100k_base."""
     tokenizers = {tokenizer.name: tokenizer}
     try:
         tokenizers["cl100k_base"] = load_tokenizer("cl100k_base")

@@ -1,25 +1,28 @@
-"""The commits of a git checkout as documents: a file before, the message, the file after.
+"""The commits of a git checkout as documents: a file before the commit, the message, the file after it.
 
-Commits without merges, from the first on; of each, the changed files whose extension names a language. Needs git.
+Oldest first, without merges. Each changed file whose extension names a language is one document. Needs git.
 """
 
 import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
 from data.documents import Document, Rejection, language_of
 from runtime.errors import UserError
 
+MARKERS = ("<commit_before>", "<commit_msg>", "<commit_after>")
+
 
 @dataclass(frozen=True)
 class Commits:
-    """The history of a checkout's current commit as an input."""
+    """The history of a checkout's current commit as an input. Raises UserError if there is no git or no history."""
 
     path: Path
-    max_bytes: int
+    max_bytes: int  # changes with more bytes than this, both files and the message together, are rejected
 
     def __post_init__(self) -> None:
         if shutil.which("git") is None:
@@ -33,9 +36,8 @@ class Commits:
 
     @property
     def text_bytes(self) -> int:
-        return (
-            int(self._git("rev-list", "--count", "--no-merges", "HEAD") or 0) * 20_000
-        )  # a guess, for the progress bar: two files of 10 kB a commit
+        n_commits = int(self._git("rev-list", "--count", "--no-merges", "HEAD") or 0)
+        return n_commits * 20_000  # a guess for the progress bar: two files of 10 kB per commit
 
     @property
     def version(self) -> str:
@@ -43,34 +45,31 @@ class Commits:
 
     def records(self, skip: int) -> Iterator[Document | Rejection]:
         repo = self.path.resolve().name
-        with _Objects(self._command("cat-file", "--batch")) as objects:
-            for number, (commit, path, before, after) in enumerate(self._changes()):
-                if number >= skip:
-                    yield self._document(repo, commit, path, *map(objects.read, (before, after, commit)))
+        command = self._command("cat-file", "--batch")
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as git:
+            for commit, path, old, new in islice(self._changes(), skip, None):
+                message = _read_object(git, commit).partition(b"\n\n")[2].strip()
+                yield self._document(repo, commit, path, _read_object(git, old), message, _read_object(git, new))
 
-    def _document(
-        self, repo: str, commit: str, path: str, before: bytes, after: bytes, header: bytes
-    ) -> Document | Rejection:
+    def _document(self, repo: str, commit: str, path: str, *sections: bytes) -> Document | Rejection:
+        """The document of a changed file; `sections` are the file before, the message, the file after."""
         where = f"{self.path}, commit {commit[:12]}, {path}"
-        message = header.partition(b"\n\n")[2].strip()
-        if len(before) + len(after) + len(message) > self.max_bytes:
+        if sum(map(len, sections)) > self.max_bytes:
             return Rejection("too large", where)
         try:
-            old, words, new = (data.decode("utf-8") for data in (before, message, after))
+            texts = [section.decode("utf-8") for section in sections]
         except UnicodeDecodeError:
             return Rejection("not UTF-8", where)
-        sections = (("<commit_before>", old), ("<commit_msg>", words), ("<commit_after>", new))
-        text = "\n".join((old, words, new))
-        return Document(text, repo, f"{commit[:12]}/{path}", language=language_of(path), sections=sections)
+        text, name = "\n".join(texts), f"{commit[:12]}/{path}"
+        return Document(text, repo, name, language=language_of(path), sections=tuple(zip(MARKERS, texts, strict=True)))
 
     def _changes(self) -> Iterator[tuple[str, str, str, str]]:
-        """Commit, path, and the blobs before and after, of each changed file."""
+        """For each changed file: the commit, the path, and the names of the blobs before and after."""
         options = ["--reverse", "--no-merges", "--no-renames", "--raw", "--no-abbrev", "-z", "--diff-filter=M"]
         with subprocess.Popen(self._command("log", *options, "--format=%H", "HEAD"), stdout=subprocess.PIPE) as log:
             fields = _split_at_nul(log.stdout)
             commit = ""
-            for field in fields:
-                field = field.strip()
+            for field in map(bytes.strip, fields):
                 if not field.startswith(b":"):  # a commit; its changed files follow
                     commit = field.decode() or commit
                     continue
@@ -89,26 +88,14 @@ class Commits:
         return result.stdout.decode("utf-8", "replace").strip()
 
 
-class _Objects:
-    """Objects of a repository, read through one process of git."""
-
-    def __init__(self, command: list[str]):
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    def __enter__(self) -> "_Objects":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.communicate()
-
-    def read(self, name: str) -> bytes:
-        """The content of an object; empty if it is missing, as in a partial clone."""
-        self.process.stdin.write(name.encode() + b"\n")
-        self.process.stdin.flush()
-        header = self.process.stdout.readline().split()
-        if len(header) < 3:
-            return b""
-        return self.process.stdout.read(int(header[2]) + 1)[:-1]
+def _read_object(git: subprocess.Popen[bytes], name: str) -> bytes:
+    """The content of an object, from `git cat-file --batch`; empty if it is missing, as in a partial clone."""
+    git.stdin.write(name.encode() + b"\n")
+    git.stdin.flush()
+    header = git.stdout.readline().split()
+    if len(header) < 3:
+        return b""
+    return git.stdout.read(int(header[2]) + 1)[:-1]
 
 
 def _split_at_nul(stream: IO[bytes]) -> Iterator[bytes]:

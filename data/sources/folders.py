@@ -11,20 +11,20 @@ from typing import NamedTuple
 from data.documents import LANGUAGES, Document, Input, Rejection, digest_of, fraction, language_of
 from runtime.errors import UserError
 
-GROUP_BYTES = 2**24  # source files are read in groups of about this much
+GROUP_BYTES = 2**24  # bytes of source files per input, roughly
 
 
 class SourceFile(NamedTuple):
     repo: str
-    path: str  # within the repository's parent, as a Document gives it
+    path: str  # relative to the source's folder; becomes the Document's path
     file: Path
     size: int = 0  # bytes
-    rejected: str | None = None  # why it is not even tried
+    rejected: str | None = None  # reason to reject the file without reading it
 
 
 @dataclass(frozen=True)
 class FileGroup:
-    """Files of source code, read one after the other."""
+    """Files of source code as an input, read one after the other."""
 
     files: tuple[SourceFile, ...]
     text_bytes: int
@@ -57,30 +57,27 @@ class FileGroup:
 
 
 def local_files(folders: dict[Path, str], package_bytes: int | None, max_bytes: int) -> list[Input]:
-    """The Python files under folders, in order of package and path; each folder has a prefix for its packages' names.
+    """The Python files below folders, in order of package and path; `folders` maps each to a prefix of its packages.
 
-    A vendored copy (`pip/_vendor/rich/…`) belongs to the package it is a copy of, so that the same code is not in train
-    and validation both. Of a package with more than `package_bytes`, a share of the files picked by a hash of their
-    paths makes about that much."""
-    files = sorted(
-        _source_file(path, _package(path.relative_to(folder), prefix), str(path.relative_to(folder)), max_bytes)
-        for folder, prefix in folders.items()
-        for path, link in _walk(folder, ("site-packages", "dist-packages"))
-        if path.suffix == ".py" and not link and path.is_file()
-    )
+    A vendored copy (`pip/_vendor/rich/…`) belongs to the package that it copies, so that training and validation never
+    share its code. Of a package larger than `package_bytes`, a hash of the path selects files of about that size."""
+    files = []
     sizes: Counter[str] = Counter()
-    for file in files:
-        sizes[file.repo] += file.size
+    for folder, prefix in folders.items():
+        for path, problem in _walk(folder, ("site-packages", "dist-packages")):
+            if path.suffix == ".py" and not problem and path.is_file():
+                relative = path.relative_to(folder)
+                file = _source_file(path, _package(relative, prefix), str(relative), max_bytes)
+                files.append(file)
+                sizes[file.repo] += file.size
     limit = package_bytes or max(sizes.values(), default=0)
-    return _groups(
-        [file for file in files if fraction(f"{file.repo} {file.path}") * sizes[file.repo] < limit], max_bytes
-    )
+    kept = [file for file in sorted(files) if fraction(f"{file.repo} {file.path}") * sizes[file.repo] < limit]
+    return _groups(kept, max_bytes)
 
 
 def folder_files(folder: Path, max_bytes: int) -> list[Input]:
-    """The files below `folder` whose extension names a language, in order of path; what lies in `folder` itself makes a
-    repository of its name. Hidden folders and node_modules are left out, symbolic links are rejected. Raises UserError
-    if there is none."""
+    """The files below `folder` whose extension names a language, in order of path. Each folder in it is a repository,
+    and so is `folder` for the files in it. Hidden folders and node_modules are left out. Raises UserError if none."""
     if not folder.is_dir():
         raise UserError(f"--source=dir:{folder}: no such folder")
     files = []
@@ -92,9 +89,7 @@ def folder_files(folder: Path, max_bytes: int) -> list[Input]:
         elif language_of(path.name):
             files.append(_source_file(path, repo, str(relative), max_bytes))
     if not files:
-        raise UserError(
-            f"--source=dir:{folder}: holds no source files; known extensions: {' '.join(sorted(LANGUAGES))}"
-        )
+        raise UserError(f"--source=dir:{folder}: no source files; known extensions: {' '.join(sorted(LANGUAGES))}")
     return _groups(sorted(files), max_bytes)
 
 
@@ -103,12 +98,15 @@ def _source_file(path: Path, repo: str, name: str, max_bytes: int) -> SourceFile
         stat = path.stat()
     except OSError:
         return SourceFile(repo, name, path, 0, "unreadable")
-    rejected = "not a file" if not path.is_file() else "too large" if stat.st_size > max_bytes else None
-    return SourceFile(repo, name, path, 0 if rejected else stat.st_size, rejected)
+    if not path.is_file():
+        return SourceFile(repo, name, path, 0, "not a file")
+    if stat.st_size > max_bytes:
+        return SourceFile(repo, name, path, 0, "too large")
+    return SourceFile(repo, name, path, stat.st_size)
 
 
 def _groups(files: list[SourceFile], max_bytes: int) -> list[Input]:
-    """Neighbours together, about GROUP_BYTES each."""
+    """The files in groups of neighbours, each of about GROUP_BYTES."""
     groups: list[Input] = []
     members: list[SourceFile] = []
     n_bytes = 0
@@ -122,28 +120,29 @@ def _groups(files: list[SourceFile], max_bytes: int) -> list[Input]:
 
 
 def _walk(folder: Path, left_out: tuple[str, ...]) -> Iterator[tuple[Path, str | None]]:
-    """Every file below `folder`, and what can be no file or no folder with the reason: symbolic links are not followed,
-    folders that cannot be listed are named."""
+    """Every file below `folder`, with None; every symbolic link and unreadable folder, with the reason to reject it."""
     problems: list[OSError] = []
     for root, folders, names in os.walk(folder, onerror=problems.append):
-        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
-        yield from ((Path(root, name), "symbolic link") for name in links)
+        links = {name for name in (*folders, *names) if os.path.islink(os.path.join(root, name))}
+        for name in sorted({*links, *names}):
+            yield Path(root, name), "symbolic link" if name in links else None
         skipped = {*left_out, *links, "__pycache__"}
         folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
-        for name in names:
-            yield Path(root, name), "symbolic link" if os.path.islink(os.path.join(root, name)) else None
-    yield from ((Path(error.filename), "unreadable") for error in problems if Path(error.filename) != folder)
+    for error in problems:
+        if Path(error.filename) != folder:
+            yield Path(error.filename), "unreadable"
 
 
 def python_folders() -> dict[Path, str]:
-    """The folders of this interpreter's Python code, each with the prefix of its packages' names."""
+    """The folders of this interpreter's Python code, each with a prefix for the names of its packages."""
     paths = sysconfig.get_paths()
     folders = {Path(paths["stdlib"]): "python/", Path(paths["purelib"]): "", Path(paths["platlib"]): ""}
     return {folder.resolve(): prefix for folder, prefix in folders.items()}
 
 
 def _package(path: Path, prefix: str) -> str:
-    vendored = [place for place, part in enumerate(path.parts[:-1]) if part == "_vendor"]
+    """The package of a file, from its path below a folder of packages."""
+    vendored = [index for index, part in enumerate(path.parts[:-1]) if part == "_vendor"]
     if vendored:
         return Path(path.parts[vendored[-1] + 1]).stem
     return prefix + Path(path.parts[0]).stem

@@ -7,6 +7,10 @@
     commits:PATH     the commits of a git checkout: each changed file as before, message, after
 
 Several are joined by semicolons: --source='files:data/raw/*.parquet; commits:../linux'.
+
+To add a source, write a class with the attributes of `Input` (data/documents.py) in a file beside this one, and return
+its instances from `_open` below. An input may also have `held_out` (True: all of it goes to validation) and `size`
+(bytes that it downloads, for the estimate of disk space).
 """
 
 import glob
@@ -22,9 +26,8 @@ from runtime.errors import UserError
 
 
 def open_source(config: SourceConfig, downloads: Path, pins: dict[str, str]) -> list[Input]:
-    """The inputs that `config.source` names. A hub's files are downloaded into the folder `downloads`, one at a time;
-    `pins` holds the commits of its repositories, and those not in it yet are looked up and added. Raises UserError if
-    a source is unknown, is not there or matches nothing."""
+    """The inputs that `config.source` names. Files of the hub are downloaded into `downloads`, one at a time; `pins`
+    keeps the commits of its repositories. Raises UserError if a source is unknown, missing or matches nothing."""
     return [item for spec in config.source.split(";") for item in _open(spec.strip(), config, downloads, pins)]
 
 
@@ -36,10 +39,10 @@ def _open(spec: str, config: SourceConfig, downloads: Path, pins: dict[str, str]
         return folder_files(Path(rest), config.max_document_bytes)
     if kind == "files" and rest:
         names = [name for name in sorted(glob.glob(rest, recursive=True)) if os.path.isfile(name)]
-        once = {os.path.realpath(name): name for name in reversed(names)}  # a link may lead back to a folder above
-        if not once:
+        if not names:
             raise UserError(f"--source={spec}: no file matches; check the path, and quote the pattern")
-        return [RowFile(Path(name), config) for name in sorted(once.values())]
+        distinct = {os.path.realpath(name): name for name in reversed(names)}  # links may lead to one file many times
+        return [RowFile(Path(name), config) for name in sorted(distinct.values())]
     if kind == "hub" and rest:
         return hub_files(rest, config, downloads, pins)
     if kind == "commits" and rest:

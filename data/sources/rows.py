@@ -13,12 +13,12 @@ from typing import IO, Any
 from data.documents import Document, Rejection, SourceConfig, language_named, language_of, utf8_bytes
 from runtime.errors import UserError
 
-RATIOS = {".gz": 3.5, ".zst": 4.0, ".parquet": 3.0}  # bytes of source code in a byte of the file, about
+RATIOS = {".gz": 3.5, ".zst": 4.0, ".parquet": 3.0}  # bytes of source code per byte of the file, roughly
 
 
 @dataclass(frozen=True)
 class RowFile:
-    """A file of rows as an input. Its columns are those that the settings name."""
+    """A file of rows as an input. The settings name its columns. Raises UserError if a package is missing."""
 
     path: Path
     config: SourceConfig
@@ -42,18 +42,18 @@ class RowFile:
         return f"{self.path} {self.path.stat().st_size}"
 
     def records(self, skip: int) -> Iterator[Document | Rejection]:
-        rows = _parquet_rows if self.path.suffix == ".parquet" else _lines
-        max_bytes = 6 * self.config.max_document_bytes + 2**16  # JSON may write a character as six
-        for number, row in enumerate(rows(self.path, max_bytes), start=1):
-            if number <= skip:
-                continue
-            yield row if isinstance(row, Rejection) else _document(row, f"{self.path}, row {number}", self.config)
+        max_bytes = 6 * self.config.max_document_bytes + 2**16  # JSON may write one character as six
+        rows = _parquet_rows(self.path) if self.path.suffix == ".parquet" else _lines(self.path, max_bytes)
+        for number, row in enumerate(rows, start=1):
+            if number > skip:
+                yield row if isinstance(row, Rejection) else _document(row, f"{self.path}, row {number}", self.config)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows of a small file, blank lines left out. Raises UserError at the first that is none."""
+    """All rows of a small file; blank lines are skipped. Raises UserError at the first row that is no JSON object."""
     rows = []
-    for number, row in enumerate((_parquet_rows if path.suffix == ".parquet" else _lines)(path, 2**27), start=1):
+    found = _parquet_rows(path) if path.suffix == ".parquet" else _lines(path, 2**27)
+    for number, row in enumerate(found, start=1):
         if isinstance(row, bytes) and not row.strip():
             continue
         try:
@@ -78,8 +78,9 @@ def _document(row: bytes | dict[str, Any], where: str, config: SourceConfig) -> 
             return Rejection("malformed line", where)
     for column in (config.text_column, config.repo_column):
         if column is not None and _first(row, column) is None:
-            there = any(name in row for name in column.split(","))
-            return Rejection("malformed line" if there else f"no column {column.split(',')[0]!r}", where)
+            names = column.split(",")
+            has_column = any(name in row for name in names)
+            return Rejection("malformed line" if has_column else f"no column {names[0]!r}", where)
     text, repo = _first(row, config.text_column), _first(row, config.repo_column or "")
     if not isinstance(text, str) or not isinstance(repo, str | None):
         return Rejection("malformed line", where)
@@ -89,29 +90,25 @@ def _document(row: bytes | dict[str, Any], where: str, config: SourceConfig) -> 
     except UnicodeEncodeError:
         return Rejection("lone surrogate", where)
     path, stars = str(_first(row, config.path_column) or ""), _first(row, config.stars_column)
+    licenses = _first(row, config.license_column)
     return Document(
         text,
         hashlib.sha256(text.encode()).hexdigest()[:16] if repo is None else repo,
         path.encode("utf-8", "replace").decode(),
-        _licenses(_first(row, config.license_column)),
+        tuple(str(one) for one in (licenses if isinstance(licenses, list) else [licenses]) if one),
         language_named(str(_first(row, config.language_column) or language_of(path) or config.language or "")) or None,
         int(stars) if isinstance(stars, int | float) and abs(stars) < 2**53 else None,
     )
 
 
 def _first(row: dict[str, Any], columns: str) -> Any:
-    """The value of the first of some comma-separated columns that has one."""
+    """The value of the first of the comma-separated columns that is not null; None if all are."""
     return next((row[column] for column in columns.split(",") if row.get(column) is not None), None)
 
 
-def _licenses(value: Any) -> tuple[str, ...]:
-    values = value if isinstance(value, list) else [value]
-    return tuple(str(one) for one in values if one)
-
-
 def _lines(path: Path, max_bytes: int) -> Iterator[bytes | Rejection]:
-    """The lines of a file; one longer than `max_bytes` becomes a Rejection, and so does the end of a file that breaks
-    off."""
+    """The lines of a file. A Rejection stands for a line longer than `max_bytes`, and for the point where a damaged
+    file breaks off."""
     number = 0
     try:
         with _open(path) as file:
@@ -125,11 +122,9 @@ def _lines(path: Path, max_bytes: int) -> Iterator[bytes | Rejection]:
                     yield Rejection("too large", f"{path}, row {number}")
     except PermissionError:
         yield Rejection("unreadable", f"{path}: no permission")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:  # any other OSError is the disk's: it stops the run
-        yield Rejection("file breaks off", f"{path}, after row {number}: {error}")
     except Exception as error:
-        if type(error).__name__ != "ZstdError":
-            raise
+        if not isinstance(error, EOFError | gzip.BadGzipFile | zlib.error) and type(error).__name__ != "ZstdError":
+            raise  # an OSError of the disk ends the run
         yield Rejection("file breaks off", f"{path}, after row {number}: {error}")
 
 
@@ -158,8 +153,8 @@ def _parquet() -> Any:
     return pyarrow.parquet
 
 
-def _parquet_rows(path: Path, max_bytes: int) -> Iterator[dict[str, Any] | Rejection]:
-    """The rows of a Parquet file, `max_bytes` being its documents' affair."""
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any] | Rejection]:
+    """The rows of a Parquet file. A Rejection stands for the point where a damaged file breaks off."""
     number = 0
     try:
         with _parquet().ParquetFile(path) as file:
@@ -169,7 +164,7 @@ def _parquet_rows(path: Path, max_bytes: int) -> Iterator[dict[str, Any] | Rejec
                     yield row
     except PermissionError:
         yield Rejection("unreadable", f"{path}: no permission")
-    except (ValueError, OSError) as error:  # pyarrow's: what is not UTF-8, not Parquet, cut short or corrupt
+    except (ValueError, OSError) as error:  # pyarrow's, of a file that is not UTF-8, not Parquet, cut short or corrupt
         if getattr(error, "errno", None):
-            raise  # the disk's
+            raise  # an error of the disk
         yield Rejection("file breaks off", f"{path}, after row {number}: {' '.join(str(error).split())[:200]}")

@@ -12,4 +12,4 @@ def test_languages_are_named_by_extension_and_whatever_the_case():
 def test_fractions_are_spread_evenly_and_depend_on_the_key_alone():
     values = [fraction(f"key {i}") for i in range(10_000)]
     assert values == [fraction(f"key {i}") for i in range(10_000)] and len(set(values)) == 10_000
-    assert all(900 < sum(place <= 10 * value < place + 1 for value in values) < 1100 for place in range(10))
+    assert all(900 < sum(int(10 * value) == tenth for value in values) < 1100 for tenth in range(10))

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.shards import Shards, TokenStream
+from data.shards import Shards, TokenStream, tokenizer_file
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def test_verify_finds_a_flipped_byte(copy):
 
 def test_missing_cut_or_foreign_files_are_named(copy):
     shards = Shards(copy)
-    first, second = (copy / entry["file"] for entry in shards.entries["train"][:2])
+    first = copy / shards.entries["train"][0]["file"]
     first.write_bytes(first.read_bytes()[:-10])
     with pytest.raises(ValueError, match=f"{first.name}: damaged, not"):
         shards.split("train")
@@ -42,9 +42,26 @@ def test_missing_cut_or_foreign_files_are_named(copy):
         Shards(copy)
     with pytest.raises(ValueError, match=r"nowhere/meta.json: not found; prepare the data with"):
         Shards(copy / "nowhere")
-    assert second.exists()
+
+
+def test_shards_made_before_the_tokenizers_file_was_named_bpe_json_are_still_read(copy):
+    text = Shards(copy).tokenizer_text()
+    (copy / "bpe.json").rename(copy / "tokenizer.json")
+    assert tokenizer_file(copy) == copy / "tokenizer.json"
+    assert Shards(copy).tokenizer_text() == text
+    Shards(copy).verify()
+    (copy / "bpe.json").write_text(text)
+    (copy / "tokenizer.json").write_text("{}")
+    assert tokenizer_file(copy) == copy / "bpe.json"
+    assert Shards(copy).tokenizer_text() == text
 
 
 def test_an_id_beyond_the_vocabulary_is_an_error_not_a_crash_on_the_device():
-    with pytest.raises(ValueError, match="holds id 99, the vocabulary ends at 49"):
-        TokenStream([np.arange(100, dtype=np.uint16)], 50, Path("test")).read(90, 10)
+    stream = TokenStream([np.array([7, 8, 2**31], dtype=np.uint32)], 50, Path("test"))
+    rows = np.empty((1, 2), dtype=np.int32)
+    stream.read_rows(np.array([0]), rows)
+    assert stream.read(0, 2).tolist() == rows[0].tolist() == [7, 8]
+    with pytest.raises(ValueError, match="holds id 2147483648, the vocabulary ends at 49"):
+        stream.read(1, 2)
+    with pytest.raises(ValueError, match="holds id 2147483648, the vocabulary ends at 49"):
+        stream.read_rows(np.array([1]), rows)

@@ -62,7 +62,7 @@ def test_streaming_never_yields_half_a_character(tokenizer):
     text = "s = '日本語 🐍 naïve'"
     decoder = StreamDecoder(tokenizer)
     pieces = [decoder.push(token) for token in tokenizer.encode(text)]
-    assert "".join(pieces) == text and "\ufffd" not in text
+    assert "".join(pieces) == text
     decoder.push(tokenizer.encode("é")[0])
     assert decoder.flush() == "\ufffd"
 

@@ -1,4 +1,4 @@
-"""Drawing, keeping and going on are shown through the program, in test_eval_humaneval.py."""
+"""How the program uses these functions is tested in test_eval_humaneval.py."""
 
 import json
 
@@ -34,7 +34,7 @@ def test_a_file_cut_anywhere_goes_on_to_the_same_lines(shards, tmp_path):
     torch.manual_seed(0)
     tokenizer = load_tokenizer(str(shards.path / "bpe.json"))
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=64, vocab_size=512))
-    problems = [PROBLEM._replace(task_id=f"T/{place}") for place in range(3)]
+    problems = [PROBLEM._replace(task_id=f"T/{index}") for index in range(3)]
     sampling = Sampling(4, temperature=1.0)
     path = tmp_path / "samples.jsonl"
     samples = write_samples(path, model, tokenizer, problems, sampling, 2, 2)

@@ -29,7 +29,7 @@ def test_a_judge_that_cannot_be_trusted_here_does_not_start(sandbox):
         self_test(sandbox, [ADD, LOOSE])
 
 
-def test_samples_get_their_fates_in_order(sandbox):
+def test_samples_get_their_outcomes_in_order(sandbox):
     completions = [
         "    return a + b\n",
         "    return a - b\n",
@@ -56,7 +56,7 @@ def test_samples_get_their_fates_in_order(sandbox):
         ([{"task_id": "T/add"}], "row 1: wants task_id and completion, both texts"),
         (
             [{"task_id": "T/add", "completion": ""}, {"task_id": "x", "completion": ""}],
-            "row 2: x is none of the problems",
+            "row 2: no problem is called x; set --problems",
         ),
         ([], "no samples of these problems"),
     ],

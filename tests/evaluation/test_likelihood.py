@@ -24,13 +24,13 @@ def scorer(shards) -> Scorer:
 
 @torch.no_grad()
 def nats_directly(scorer: Scorer, text: str, stride: int) -> float:
-    """A forward pass a token, over what its window shows of the text before it."""
+    """One forward pass per token, over what its window shows of the text before it."""
     ids = [scorer.start, *scorer.encode(text)]
     nats = 0.0
-    for place in range(1, len(ids)):
-        begin = max(0, math.ceil((place - scorer.context) / stride)) * stride
-        logits = scorer.logits(torch.tensor([ids[begin:place]]))[0, -1].double()
-        nats -= logits.log_softmax(-1)[ids[place]].item()
+    for t in range(1, len(ids)):
+        begin = max(0, math.ceil((t - scorer.context) / stride)) * stride
+        logits = scorer.logits(torch.tensor([ids[begin:t]]))[0, -1].double()
+        nats -= logits.log_softmax(-1)[ids[t]].item()
     return nats
 
 
@@ -67,10 +67,10 @@ def test_every_token_is_a_target_once_with_the_context_that_the_stride_says():
         seen = {}
         for inputs, targets in windows(ids, context, stride):
             assert len(inputs) == len(targets) <= context
-            for place, target in enumerate(targets):
+            for position, target in enumerate(targets):
                 if target != IGNORE:
-                    assert target not in seen and inputs[place] == target - 1
-                    seen[target] = place + 1  # ids before it in its window
+                    assert target not in seen and inputs[position] == target - 1
+                    seen[target] = position + 1  # ids before it in its window
         assert sorted(seen) == ids[1:]
         assert all(had >= min(target - 100, context - stride + 1) for target, had in seen.items())
 

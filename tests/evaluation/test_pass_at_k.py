@@ -30,7 +30,7 @@ def test_a_summary_averages_problems_and_skips_what_there_are_too_few_samples_fo
     assert summary["standard_error"]["1"] == pytest.approx(0.5 / math.sqrt(3))
     assert summary["outcomes"]["passed"] == 6 and summary["syntax_error_rate"] == 0.5
     text = pass_at_k_table({**summary, "problems": "mine", "seconds": {"judging": 1.0}})
-    assert "pass@10    skipped: it takes 10 samples a problem, there are 4" in text
+    assert "pass@10    skipped: needs 10 samples per problem, there are 4" in text
 
 
 def test_a_sweep_marks_the_best_of_each_k():

@@ -92,7 +92,7 @@ def test_sets_come_through_datasets(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", Datasets)
     assert load_problems("humaneval")[0].task_id == "H/0"
     assert calls == [("openai/openai_humaneval", None, "test")]
-    with pytest.raises(ValueError, match=r"--problems=mbpp: not to be had \(ConnectionError\); connect once, or give"):
+    with pytest.raises(ValueError, match=r"--problems=mbpp: could not be downloaded \(ConnectionError\); connect once"):
         load_problems("mbpp")
     with pytest.raises(ValueError, match="no such file; give one, or a set: humaneval, mbpp"):
         load_problems("humanevil")

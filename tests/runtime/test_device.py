@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 
@@ -45,6 +47,22 @@ def test_the_measurement_finds_a_slow_arithmetic_slow_and_says_so(capsys):
     assert "--dtype=float64: this processor takes" in capsys.readouterr().err
     warn_if_slow(torch.float32, CPU)
     assert not capsys.readouterr().err
+
+
+def test_one_slow_product_does_not_make_an_arithmetic_slow(monkeypatch):
+    """The first one of a dtype sets up its library, and a busy machine may stop any of them for a while."""
+    from runtime import device
+
+    calls = []
+
+    def linear(x, weight):
+        calls.append(x.dtype)
+        time.sleep(0.05 if calls.count(torch.bfloat16) == 1 and x.dtype == torch.bfloat16 else 0.002)
+
+    device._relative_time.cache_clear()
+    monkeypatch.setattr("runtime.device.F.linear", linear)
+    assert relative_time(torch.bfloat16, 4, 8) < 2
+    device._relative_time.cache_clear()
 
 
 def test_autocast_leaves_the_measurement_alone(monkeypatch):

@@ -1,4 +1,4 @@
-"""That each layer is there where the kernel has it; what it holds back is in test_sandbox.py."""
+"""Each layer works where the kernel has it. What the layers prevent is tested in test_pool.py."""
 
 import json
 import subprocess

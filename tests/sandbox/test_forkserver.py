@@ -1,4 +1,4 @@
-"""What the process that forks programs says of their ends, and the row of calls that a program is."""
+"""The verdicts of the fork server, and how a check finds names and modules."""
 
 import ast
 import json
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(ROOT / "sandbox")  # it is a script, whose imports are flat
-    from forkserver import _Behind, _imports, _verdict
+    from forkserver import _CheckBuiltins, _imports, _verdict
 
 SECRET = b"s" * 32
 
@@ -37,7 +37,7 @@ def status(code: int = 0, signum: int = 0) -> int:
         (b"", status(1), "killed", "sandbox"),
     ],
 )
-def test_the_verdict_follows_from_what_was_said_and_how_it_ended(said, ended, outcome, error):
+def test_the_verdict_follows_from_what_was_sent_and_how_the_program_ended(said, ended, outcome, error):
     verdict = _verdict(said, ended)
     assert (verdict["outcome"], verdict.get("error")) == (outcome, error)
     json.dumps(verdict)
@@ -45,16 +45,17 @@ def test_the_verdict_follows_from_what_was_said_and_how_it_ended(said, ended, ou
 
 def test_a_check_finds_builtins_before_the_programs_names():
     names = {"abs": len, "mine": 1}
-    behind = _Behind({"abs": abs})
-    behind.names = names
-    exec("found = abs(-3), mine", globals_ := {"__builtins__": behind})
+    check_builtins = _CheckBuiltins({"abs": abs})
+    check_builtins.program_names = names
+    globals_ = {"__builtins__": check_builtins}
+    exec("found = abs(-3), mine", globals_)
     assert globals_["found"] == (3, 1)
     names["mine"] = 2
     exec("found = mine", globals_)
     assert globals_["found"] == 2
 
 
-def test_the_imports_of_a_check_are_those_of_its_statements_and_all():
+def test_the_imports_of_a_check_are_found_at_its_top_level_and_everywhere():
     statements, imports = _imports("import os\nfrom math import pi as p\ndef f():\n    import sys\nx = 'import this'")
     exec(compile(ast.Module(statements, []), "", "exec"), names := {})
     assert names["os"] is os and "p" in names and "sys" not in names and "f" not in names

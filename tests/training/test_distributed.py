@@ -36,7 +36,7 @@ def launch(*arguments: str) -> subprocess.Popen:
 
 
 def ranks(*arguments: str, program: tuple[str, ...] = ("train.py",)) -> list[subprocess.Popen]:
-    """Two processes with torchrun's variables, and not torchrun, which would pass on signals."""
+    """Two processes with torchrun's variables but without torchrun, which would pass on signals."""
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     command = [sys.executable, *program, *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -44,12 +44,18 @@ def ranks(*arguments: str, program: tuple[str, ...] = ("train.py",)) -> list[sub
     return [subprocess.Popen(command, cwd=ROOT, text=True, env=env, **pipes) for env in variables]
 
 
+def finish(processes: list[subprocess.Popen]) -> None:
+    """Wait for the processes, which must succeed."""
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), errors
+
+
 def events(out_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_two_processes_end_with_the_weights_of_one(run_arguments, tmp_path):
-    """With micro-steps too: four sequences a process, in two; and each event, file and line is written once."""
+    """Each process takes its four sequences in two micro-steps, and each event and line is written once."""
     settings = [*run_arguments, "--dropout=0.0", "--batch_size=2", "--max_steps=5"]
     process = launch(*settings, f"--out_dir={tmp_path / 'two'}")
     train(load_config(TrainConfig, [*settings, f"--out_dir={tmp_path / 'one'}"]))
@@ -57,7 +63,7 @@ def test_two_processes_end_with_the_weights_of_one(run_arguments, tmp_path):
     assert process.returncode == 0, err
     assert out.count("parameters, 2 x cpu") == 1 and out.count("bits per byte") == 2  # the evaluation, the end
     one, two = (flat_weights(tmp_path / name) for name in ("one", "two"))
-    # Sums of another order differ by some 1e-6 of a gradient in fp32, and AdamW moves a weight by about its rate.
+    # Sums in another order differ by some 1e-6 of a gradient in fp32, and AdamW moves a weight by about its rate.
     moved = 5 * 1e-3 * math.sqrt(len(one))
     assert (one - two).norm() < 1e-4 * moved
     for a, b in zip(events(tmp_path / "one"), events(tmp_path / "two"), strict=True):
@@ -79,7 +85,7 @@ rank, world_size = rank_and_world()
 with started(torch.device("cpu")):
     shards = open_dataset(config)
     inputs, targets = Loader(shards.split("train"), config.block_size, 8, config.seed).batch(0)
-    targets[0::4] = IGNORE  # three quarters of rank 0's, with the next line, and none of rank 1's
+    targets[0::4] = IGNORE  # with the next line, three quarters of rank 0's targets and none of rank 1's
     targets[2::4, 16:] = IGNORE
     run = start_run(config, shards)
     loss, norm = train_step(run, (inputs[rank::world_size], targets[rank::world_size]), lr=1e-3)
@@ -90,8 +96,7 @@ with started(torch.device("cpu")):
 
 def test_ranks_weigh_by_their_targets_that_count(run_arguments, tmp_path):
     settings = [*run_arguments, "--dropout=0.0", "--batch_size=2"]
-    for process in ranks(str(tmp_path / "two"), *settings, program=("-c", MASKED_STEP)):
-        assert process.communicate(timeout=60) and process.returncode == 0
+    finish(ranks(str(tmp_path / "two"), *settings, program=("-c", MASKED_STEP)))
     subprocess.run([sys.executable, "-c", MASKED_STEP, tmp_path / "one", *settings], cwd=ROOT, check=True)
     (loss, norm, weights), (other_loss, other_norm, other_weights) = (torch.load(tmp_path / n) for n in ("one", "two"))
     assert loss.item() == pytest.approx(other_loss.item(), rel=1e-6)
@@ -106,9 +111,7 @@ def test_processes_that_measure_differently_compute_alike(run_arguments, tmp_pat
         "device._relative_time = lambda *_: 0.5 if os.environ['RANK'] == '0' else 9.0; run_stage(train, TrainConfig)"
     )
     settings = [argument for argument in run_arguments if not argument.startswith("--dtype")]
-    processes = ranks(*settings, "--max_steps=2", f"--out_dir={tmp_path / 'two'}", program=("-c", program))
-    for process in processes:
-        assert process.communicate(timeout=60) and process.returncode == 0
+    finish(ranks(*settings, "--max_steps=2", f"--out_dir={tmp_path / 'two'}", program=("-c", program)))
     assert read(tmp_path / "two" / "last.pt")["dtype"] == "float32"
 
 
@@ -130,8 +133,7 @@ def test_a_signal_to_one_process_stops_both_and_the_same_command_goes_on(run_arg
     assert [process.returncode for process in processes] == [128, 128 + signal.SIGTERM]
     assert 0 < step < 150 and f"saved step {step}" in err and "Traceback" not in err + other_err
     for out_dir in (cut, tmp_path / "whole"):
-        for process in ranks(*settings, f"--out_dir={out_dir}"):
-            assert process.communicate(timeout=60) and process.returncode == 0
+        finish(ranks(*settings, f"--out_dir={out_dir}"))
     assert [event["step"] for event in events(cut)] == [*range(1, 151), 150]
     assert torch.equal(flat_weights(cut), flat_weights(tmp_path / "whole")), "as if it had not been interrupted"
 
@@ -141,7 +143,7 @@ def flat_weights(out_dir: Path) -> torch.Tensor:
 
 
 def test_other_ranks_have_randomness_of_their_own_which_a_continued_run_repeats(monkeypatch):
-    """Rank 0's is in the checkpoint, and left alone."""
+    """Rank 0's random state is in the checkpoint and is not seeded."""
 
     def drawn(rank: int, step: int) -> float:
         monkeypatch.setenv("RANK", str(rank))
@@ -155,7 +157,7 @@ def test_other_ranks_have_randomness_of_their_own_which_a_continued_run_repeats(
 
 @pytest.mark.parametrize(("world_size", "remedy"), [(3, "--tokens_per_step=192"), (16, "--tokens_per_step=512")])
 def test_a_step_that_does_not_divide_among_the_processes_is_refused(world_size, remedy, run_config):
-    with pytest.raises(ValueError, match=f"{world_size} processes cannot share out .*{remedy}"):
+    with pytest.raises(ValueError, match=f"{world_size} processes cannot share .*{remedy}"):
         divide_among_ranks(run_config, run_config.batch_size, world_size)
 
 

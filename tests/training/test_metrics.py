@@ -19,7 +19,7 @@ def test_a_resumed_log_holds_each_event_once(tmp_path):
 def test_wandb_can_never_stop_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     assert start_wandb("codegpt", None, {}) is None
-    assert "going on without it (pip install wandb; wandb login)" in capsys.readouterr().err
+    assert "continuing without it (pip install wandb; wandb login)" in capsys.readouterr().err
 
     def fail(event, step):
         raise ConnectionError("gone")

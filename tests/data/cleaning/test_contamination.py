@@ -5,9 +5,9 @@ import os
 import pytest
 
 from data.cleaning.contamination import Decontaminator, needles_of, squeeze
-from data.pipeline.steps import RefineConfig
+from data.pipeline.steps import PipelineConfig
 
-COLUMNS = RefineConfig().contaminant_columns
+COLUMNS = PipelineConfig().contaminant_columns
 MBPP = {
     "task_id": 2,
     "text": "Write a function to find the shared elements.",
@@ -58,7 +58,7 @@ def test_short_solutions_prove_nothing():
 
 
 def test_rows_that_are_no_problems_are_refused():
-    with pytest.raises(ValueError, match=r"quiz, problem 1: has no column prompt,text,.*; name its columns with"):
+    with pytest.raises(ValueError, match=r"quiz, problem 1: has none of the columns .*; set --contaminant_columns"):
         needles_of([{"riddle": "?"}], 32, COLUMNS, "quiz")
     assert needles_of([{"riddle": "What is it that walks on four legs?"}], 8, "riddle", "quiz")[0].problem == "quiz/1"
 

@@ -27,7 +27,7 @@ def pair(jaccard: float, n_words: int, chance: random.Random) -> tuple[str, str]
 def found_by(threshold: float, texts: list[str], n_words: int = 1) -> np.ndarray:
     minhash = MinHash(threshold)
     sketches = [minhash.sketch(shingles(text, n_words)) for text in texts]
-    keys, signatures = (np.array([sketch[place] for sketch in sketches]) for place in (0, 1))
+    keys, signatures = (np.array(arrays) for arrays in zip(*sketches, strict=True))
     return near_duplicates(keys.T, signatures, np.ones(len(texts), bool), threshold)
 
 

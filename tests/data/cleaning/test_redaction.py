@@ -72,9 +72,9 @@ def test_only_the_secret_itself_is_replaced(redactor):
     "unit", ["/", "a", "@", "a.", "1.", ":", "=", "'", "-", "a@", "AKIA", "-----BEGIN PRIVATE KEY-----"]
 )
 def test_no_text_takes_long(unit, redactor):
-    t0 = time.perf_counter()
+    t0 = time.process_time()  # not wall-clock time, which other programs lengthen
     redactor.redact(unit * (300_000 // len(unit)), "Python")
-    assert time.perf_counter() - t0 < 5
+    assert time.process_time() - t0 < 5
 
 
 def test_this_pythons_library_still_parses_and_keeps_all_but_what_was_found(corpus, redactor):

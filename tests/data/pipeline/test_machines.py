@@ -41,7 +41,7 @@ def test_joining_wants_all_parts_complete_and_alike(tmp_path, corpus, run_progra
     run = [*arguments(corpus, tmp_path / "x"), "--part=1/2"]
     assert run_program(prepare, PrepareConfig, *run)[0] == 0
     code, _, err = run_program(prepare, PrepareConfig, *arguments(corpus, tmp_path / "x"), "--merge=2")
-    assert code == 2 and "x.part-2-of-2: not there or not complete; run --part=2/2 to its end first" in err
+    assert code == 2 and "x.part-2-of-2: missing or not complete; first run --part=2/2" in err
     assert run_program(prepare, PrepareConfig, *arguments(corpus, tmp_path / "x"), "--part=2/2")[0] == 0
     code, _, err = run_program(prepare, PrepareConfig, *arguments(corpus, tmp_path / "x"), "--merge=2", "--seed=1")
     assert code == 2 and "made with other settings: seed was 0, is 1" in err

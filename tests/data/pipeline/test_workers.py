@@ -23,8 +23,8 @@ from runtime.config import load_config
 def test_the_number_of_workers_and_parts_does_not_change_a_byte(tmp_path, corpus):
     rows = python_documents() * 2
     random.Random(0).shuffle(rows)  # copies in other files, units and parts
-    for place in range(5):
-        write_json_gz(tmp_path / f"{place}.json.gz", rows[place * len(rows) // 5 : (place + 1) * len(rows) // 5])
+    for index in range(5):
+        write_json_gz(tmp_path / f"{index}.json.gz", rows[index * len(rows) // 5 : (index + 1) * len(rows) // 5])
     settings = ("--near_threshold=0.7", "--fim_rate=0.5", "--max_tokens=800_000")
     alone = prepared(tmp_path, tmp_path / "alone", "--workers=1", *settings)
     prepared(tmp_path, tmp_path / "three", "--workers=3", *settings)
@@ -39,7 +39,6 @@ def test_the_number_of_workers_and_parts_does_not_change_a_byte(tmp_path, corpus
 
 
 def test_a_worker_that_is_killed_ends_the_run_in_one_line_and_nothing_is_lost(corpus, shards, tmp_path, monkeypatch):
-
     config = load_config(PrepareConfig, arguments(corpus, tmp_path / "stdlib", "--workers=2"))
     write = work_units._write
 

@@ -1,4 +1,4 @@
-"""The hub's own client against a server on this machine that speaks as much of the hub as downloads need, and fails."""
+"""The hub's own client against a server on this machine that speaks as much of the hub's protocol as downloads need."""
 
 import gzip
 import json
@@ -13,7 +13,8 @@ from urllib.parse import unquote
 import pytest
 from small_corpus import python_documents
 
-from data.pipeline.steps import RefineConfig, is_validation
+from data.documents import SourceConfig
+from data.pipeline.steps import is_validation
 from data.shards import Shards
 from data.sources.hub import HubFile
 from data.tokenizer import load_tokenizer
@@ -24,12 +25,12 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves the files of user/code. `failures` says how each request for a path fails, one after the other."""
+    """Serves the files of user/code. `failures` lists how a request fails the first times: a status or "cut"."""
 
     def __init__(self, files: dict[str, bytes]):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files, self.requests, self.failures = files, Counter(), {}
-        self.watched, self.most = None, 0  # a folder, and how many of the corpus's files were in it at most
+        self.watched, self.most = None, 0  # a folder, and the most files of the corpus seen in it at once
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -79,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
 def hub():
     rows = [json.dumps(row).encode() + b"\n" for row in python_documents()]
     names = [f"file-{number:012d}.json.gz" for number in (1, 2, 54)]
-    files = {name: gzip.compress(b"".join(rows[place::3])) for place, name in enumerate(names)}
+    files = {name: gzip.compress(b"".join(rows[index::3])) for index, name in enumerate(names)}
     server = Hub({**files, "README.md": b"text"})
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -92,12 +93,13 @@ def prepare(hub: Hub, folder: Path, *more: str, source: str = "hub:user/code") -
     command = [sys.executable, "prepare.py", f"--source={source}", f"--name={folder}/shards", "--retry_s=0.05"]
     settings = ["--tokenizer=gpt2" if "gpt2" in more else "--tokenizer=train:512", "--val_fraction=0.3"]
     environment = {
-        **{
-            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HOME": str(folder / "hf"),
-        },
-        **{"PATH": "", "NO_PROXY": "*", "HF_HUB_DISABLE_TELEMETRY": "1", "HOME": str(folder)},
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HOME": str(folder / "hf"),
+        "HOME": str(folder),
+        "NO_PROXY": "*",
+        "PATH": "",
     }
     command += [*settings, *more]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
@@ -113,7 +115,7 @@ def test_files_of_a_repository_are_read_one_by_one_and_deleted(hub, tmp_path):
     for split, expected in (("val", texts[2::3]), ("train", texts[0::3] + texts[1::3])):
         stream = shards.split(split)
         assert tokenizer.decode(stream.read(0, len(stream))) == "".join(f"{text}<|endoftext|>" for text in expected)
-    assert hub.most == 0, "when a file is asked for, the one before is gone"
+    assert hub.most == 0, "when a file is requested, the one before is deleted"
     assert not list(tmp_path.rglob("*.gz")) and shards.meta["source"]["commits"] == {"user/code": COMMIT}
     assert shards.meta["splits"]["val"]["documents"] == len(texts[2::3])
 
@@ -143,11 +145,11 @@ def test_a_dry_run_and_a_part_leave_no_downloads(hub, tmp_path):
 def test_the_file_that_codeparrot_validates_on_is_never_in_train():
     for repo, held_out in (("codeparrot/codeparrot-clean", [False, True]), ("user/code", [False, False])):
         names = ("file-000000000001.json.gz", "file-000000000054.json.gz")
-        files = [HubFile(repo, COMMIT, name, 1, Path("x"), RefineConfig()) for name in names]
-        assert [is_validation(file, RefineConfig()) for file in files] == held_out
+        files = [HubFile(repo, COMMIT, name, 1, Path("x"), SourceConfig()) for name in names]
+        assert [is_validation(file, val_files=None) for file in files] == held_out
 
 
-def test_what_waiting_cannot_mend_ends_in_one_line(hub, tmp_path):
+def test_failures_that_a_retry_cannot_fix_end_in_one_line(hub, tmp_path):
     for source, message in (
         ("hub:user/missing", "user/missing: not on the hub; check the name and --revision"),
         ("hub:user/code:*.parquet", "no file matches; the repository holds"),

@@ -82,7 +82,7 @@ def test_a_folder_gives_its_source_files_and_counts_what_cannot_be_read(tmp_path
     ]
 
 
-def test_what_may_not_be_read_is_counted():
+def test_files_without_permission_are_counted():
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
         folder = Path(name)
         folder.chmod(0o755)
@@ -92,7 +92,7 @@ def test_what_may_not_be_read_is_counted():
         for file in ("a/x.py", "b", "rows.jsonl"):
             (folder / file).chmod(0)
         reader, writer = os.pipe()
-        if (child := os.fork()) == 0:  # root may read everything, so a child gives its rights up
+        if (child := os.fork()) == 0:  # root may read everything, so a child gives up its rights
             if os.geteuid() == 0:
                 os.setuid(65534)
             inputs = [*folder_files(folder, 100), RowFile(folder / "rows.jsonl", SourceConfig())]

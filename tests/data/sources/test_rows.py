@@ -48,7 +48,7 @@ def test_a_damaged_file_gives_what_can_be_read_and_says_so(suffix, damage, tmp_p
     reasons = [record.reason for record in found if isinstance(record, Rejection)]
     assert reasons[-1] == "file breaks off" or (damage == "foreign" and set(reasons) == {"malformed line"})
     if damage == "flipped" and suffix == ".json.gz":
-        return  # gzip's checksum comes last: what the flipped bytes became until then cannot be told from text
+        return  # gzip's checksum comes last: until then, what the flipped bytes became looks like text
     assert reasons in (["file breaks off"], ["malformed line", "file breaks off"])
     documents = [record for record in found if isinstance(record, Document)]
     assert all(d.text == f"x = {i**9}\n" * 3 for i, d in enumerate(documents))
@@ -67,7 +67,7 @@ def test_a_line_or_document_that_is_too_large_is_counted_and_the_next_is_read(tm
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl.gz", ".json.zst", ".parquet"])
-def test_every_format_gives_the_same_documents_from_any_place_on(suffix, tmp_path):
+def test_every_format_gives_the_same_documents_after_any_skip(suffix, tmp_path):
     rows = [
         {"content": f"x = {i}\n", "max_stars_repo_name": f"u/{i}", "max_stars_repo_path": f"{i}.go"} for i in range(200)
     ]
