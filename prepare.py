@@ -35,7 +35,8 @@ from data.pipeline.assemble_shards import KEPT, Units, choose, finished_units, p
 from data.pipeline.dry_run import preview
 from data.pipeline.learn_tokenizer import tokenizer_for
 from data.pipeline.machines import compare, gather, part_folder, part_of, read_json
-from data.pipeline.steps import PipelineConfig, Refinery, is_validation
+from data.pipeline.split import is_validation
+from data.pipeline.steps import PipelineConfig, Refinery
 from data.pipeline.work_units import Maker, Task, is_done
 from data.shards import SPLITS, open_shards, shards_path, tokenizer_file
 from data.sources.open import open_source

@@ -1,1 +1,1 @@
-"""What bench.py times."""
+"""What bench.py times, in processes that take turns; and a benchmark of the data stage."""

@@ -1,34 +1,77 @@
-"""Measure the data stage beside what one would use instead, and how near-duplicate search grows.
+"""Measures the data stage: its speed beside other programs, and how the search for near duplicates grows.
 
-    python -m benchmark.data_stage speed HumanEval.jsonl.gz    # prepare.py beside datasets.map and tiktoken alone
-    python -m benchmark.data_stage dedup 100000      # memory and seconds to find near duplicates among so many
+    python -m benchmark.data_stage speed HumanEval.jsonl.gz    # seconds of prepare.py, datasets.map, tiktoken alone
+    python -m benchmark.data_stage dedup 100000                # seconds and memory to search 100,000 documents
 
-`speed` takes 64 MB of the Python installed here, in four .json.gz files, and two workers. The rounds alternate; each
-program runs in a process of its own and is timed from its start to its end.
+`speed` prepares 64 MB of the Python installed here, from four .json.gz files, with two workers. The file of problems is
+for decontamination. The programs take turns, for three rounds (a second argument sets another number). Each runs in a
+process of its own and is timed from its start to its end, except that for tiktoken alone reading is not timed.
 """
 
 import gzip
 import json
 import random
-import statistics
+import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT_BYTES = 64_000_000
-CLEANING = (
-    "--filters=codeparrot_v2",
-    "--near_threshold=0.85",
-    "--licenses=permissive",
+NEAR = 0.85  # similarity of near duplicates
+CLEANING = ("--filters=codeparrot_v2", f"--near_threshold={NEAR}", "--licenses=permissive")
+# With these every filter runs and none drops a document, so that as many tokens are written as without cleaning.
+DROP_NOTHING = (
+    *("--max_line_length=100000000", "--max_mean_line_length=1e9", "--min_alphanumeric=0", "--config_test_rate=0"),
+    *("--no_keywords_rate=0", "--min_assignments=0", "--min_chars_per_token=0", "--near_threshold=1"),
 )
+ALONE = "tiktoken alone, text in memory"
+
+
+def speed(problems: str, rounds: int = 3) -> None:
+    """Time prepare.py with and without cleaning, datasets.map, and tiktoken alone; print a row for each."""
+    with tempfile.TemporaryDirectory() as folder:
+        n_bytes = make_corpus(Path(folder))
+        shards = Path(folder) / "shards"
+        prepare = ("prepare.py", f"--source=files:{folder}/*.gz", "--tokenizer=cl100k_base", "--workers=2")
+        cleaning = (*CLEANING, f"--decontaminate={problems}")
+        programs = {
+            ALONE: ("-m", "benchmark.data_stage", "tokenize_alone", folder),
+            "prepare.py, cleaning off": (*prepare, f"--name={shards}", "--exact_duplicates=False"),
+            "prepare.py, all cleaning on": (*prepare, f"--name={shards}", *cleaning),
+            "  the same, nothing dropped": (*prepare, f"--name={shards}", *cleaning, *DROP_NOTHING),
+            "datasets.map": ("-m", "benchmark.data_stage", "datasets_map", folder),
+        }
+        seconds: dict[str, list[float]] = {program: [] for program in programs}
+        for _ in range(rounds):
+            for program, arguments in programs.items():
+                t0 = time.perf_counter()
+                printed = run_python(*arguments)
+                seconds[program].append(float(printed) if program == ALONE else time.perf_counter() - t0)
+                shutil.rmtree(shards, ignore_errors=True)
+    print(f"{n_bytes:,} bytes of Python, four .json.gz, two workers, median of {rounds} rounds")
+    middle = {program: median(times) for program, times in seconds.items()}
+    for program, s in middle.items():
+        print(
+            f"{program:32} {s:6.2f} s ({min(seconds[program]):.2f} .. {max(seconds[program]):.2f})  "
+            f"{n_bytes / s / 1e6:5.1f} MB/s  {middle['datasets.map'] / s:4.2f} x datasets.map  "
+            f"{middle[ALONE] / s:4.2f} x tiktoken alone"
+        )
+
+
+def run_python(*arguments: str) -> str:
+    """What a Python program prints, run from the project's folder."""
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def make_corpus(folder: Path) -> int:
-    """Four .json.gz files in CodeParrot's columns; returns the bytes of text in them."""
+    """Write four .json.gz files with CodeParrot's columns; returns how many bytes of text they hold."""
     root = Path(sysconfig.get_paths()["purelib"])
     paths = sorted(path for path in root.rglob("*.py") if path.stat().st_size)
     random.Random(0).shuffle(paths)
@@ -49,25 +92,21 @@ def make_corpus(folder: Path) -> int:
     return n_bytes
 
 
-def _lines(path: Path) -> list[bytes]:
-    with gzip.open(path) as file:
-        return file.readlines()
-
-
-def tokenize_alone(folder: Path) -> None:
-    """tiktoken's own batch encoder on text in memory; prints its seconds, reading aside."""
+def tokenize_alone(folder: str) -> None:
+    """Encode text in memory with tiktoken's own batch encoder; prints the seconds."""
     import tiktoken
 
-    encoding = tiktoken.get_encoding("cl100k_base")
-    texts = [json.loads(line)["content"] for path in sorted(folder.glob("*.gz")) for line in _lines(path)]
+    encoding, texts = tiktoken.get_encoding("cl100k_base"), []
+    for path in sorted(Path(folder).glob("*.gz")):
+        with gzip.open(path) as file:
+            texts += [json.loads(line)["content"] for line in file]
     t0 = time.perf_counter()
     encoding.encode_ordinary_batch(texts, num_threads=2)
     print(time.perf_counter() - t0)
 
 
-def datasets_map(folder: Path) -> None:
-    """What nanoGPT does for OpenWebText: map with tiktoken in two processes, then write a memmap in batches."""
-    import numpy as np
+def datasets_map(folder: str) -> None:
+    """Do what nanoGPT does for OpenWebText: map with tiktoken in two processes, then write a memmap in batches."""
     import tiktoken
     from datasets import disable_progress_bars, load_dataset
 
@@ -92,110 +131,70 @@ def datasets_map(folder: Path) -> None:
         array.flush()
 
 
-def speed(problems: str, rounds: int = 3) -> None:
-    cleaning = (*CLEANING, f"--decontaminate={problems}")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        n_bytes = make_corpus(folder)
-        prepare = ["prepare.py", f"--source=files:{folder}/*.gz", "--tokenizer=cl100k_base", "--workers=2"]
-        programs = {
-            "tiktoken alone, text in memory": [__file__, "tokenize_alone", name],
-            "prepare.py, cleaning off": [*prepare, f"--name={folder}/shards", "--exact_duplicates=False"],
-            "prepare.py, all cleaning on": [*prepare, f"--name={folder}/shards", *cleaning],
-            "  the same, nothing dropped": [*prepare, f"--name={folder}/shards", *cleaning, *_DROP_NOTHING],
-            "datasets.map": [__file__, "datasets_map", name],
-        }
-        seconds: dict[str, list[float]] = {program: [] for program in programs}
-        for _ in range(rounds):
-            for program, command in programs.items():
-                t0 = time.perf_counter()
-                out = subprocess.run(
-                    [sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True
-                ).stdout
-                seconds[program].append(float(out) if "alone" in program else time.perf_counter() - t0)
-                subprocess.run(["rm", "-rf", f"{folder}/shards"], check=True)
-        base = statistics.median(seconds["datasets.map"])
-        alone = statistics.median(seconds["tiktoken alone, text in memory"])
-        print(f"{n_bytes:,} bytes of Python, four .json.gz, two workers, median of {rounds} rounds")
-        for program, times in seconds.items():
-            s = statistics.median(times)
-            print(
-                f"{program:32} {s:6.2f} s ({min(times):.2f} .. {max(times):.2f})  {n_bytes / s / 1e6:5.1f} MB/s  "
-                f"{base / s:4.2f} x datasets.map  {alone / s:4.2f} x tiktoken alone"
-            )
-
-
-# Every filter runs and none drops: the work of tokenizing is then the same as without.
-_DROP_NOTHING = (
-    *("--max_line_length=100000000", "--max_mean_line_length=1e9", "--min_alphanumeric=0", "--config_test_rate=0"),
-    *("--no_keywords_rate=0", "--min_assignments=0", "--min_chars_per_token=0", "--near_threshold=1"),
-)
-
-
 def dedup(n_documents: int) -> None:
-    """Sketches of made-up documents on disk, as prepare has them; then the search. A document takes 40 to 95% of the
-    words of a file installed here and as many new ones as that leaves, so that many are somewhat alike; every tenth is
-    a near copy of the one before."""
-    sys.path.insert(0, str(ROOT))
-    import numpy as np
-
+    """Sketch made-up documents and write the sketches as prepare.py does; then run `search` on them in a process of its
+    own. A document keeps 40 to 95% of the words of a file installed here and gets new words for the rest, so that many
+    are somewhat alike. Every tenth is a near copy of the one before."""
     from data.cleaning.duplicates import MinHash, shingles
 
     paths = sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py"))
-    files = [shingles(path.read_text(encoding="utf-8", errors="replace"), 1) for path in paths[:: len(paths) // 4000]]
+    paths = paths[:: max(1, len(paths) // 4000)]
+    files = [shingles(path.read_text(encoding="utf-8", errors="replace"), 1) for path in paths]
     files = [file for file in files if 50 <= len(file) <= 400]
-    minhash, rng, chance = MinHash(0.85), np.random.default_rng(0), random.Random(0)
-    with tempfile.TemporaryDirectory() as name:
-        keys = np.lib.format.open_memmap(f"{name}/keys.npy", "w+", np.uint64, (minhash.n_bands, n_documents))
-        signatures = np.lib.format.open_memmap(f"{name}/signatures.npy", "w+", np.uint8, (n_documents, 256))
-        np.save(f"{name}/digests.npy", rng.integers(0, 2**63, (n_documents, 2), dtype=np.uint64))
-        t0, words = time.perf_counter(), files[0]
+    minhash, rng, chance = MinHash(NEAR), np.random.default_rng(0), random.Random(0)
+    with tempfile.TemporaryDirectory() as folder:
+        keys = np.lib.format.open_memmap(f"{folder}/keys.npy", "w+", np.uint64, (minhash.n_bands, n_documents))
+        signatures = np.lib.format.open_memmap(f"{folder}/signatures.npy", "w+", np.uint8, (n_documents, 256))
+        np.save(f"{folder}/digests.npy", rng.integers(0, 2**63, (n_documents, 2), dtype=np.uint64))
+        words, t0 = files[0], time.perf_counter()
         for number in range(n_documents):
-            file = words if number % 10 == 9 else chance.choice(files)
-            n_kept = int(len(file) * (0.97 if number % 10 == 9 else chance.uniform(0.4, 0.95)))
+            copied = number % 10 == 9
+            file, kept = (words, 0.97) if copied else (chance.choice(files), chance.uniform(0.4, 0.95))
+            n_kept = int(len(file) * kept)
             new = rng.integers(0, 2**32, len(file) - n_kept, dtype=np.uint32)
             words = np.concatenate([rng.permutation(file)[:n_kept], new])
             keys[:, number], signatures[number] = minhash.sketch(words)
-        del keys, signatures
+        del keys, signatures  # written
         print(f"{n_documents:,} documents, {n_documents // 10:,} near copies; made in {time.perf_counter() - t0:.0f} s")
-        sys.stdout.flush()
-        subprocess.run([sys.executable, __file__, "search", name, str(n_documents)], check=True)
+        print(run_python("-m", "benchmark.data_stage", "search", folder), end="")
 
 
-def search(folder: str, n_documents: int) -> None:
-    """The search alone, in a process of its own, so that its memory is its own."""
-    sys.path.insert(0, str(ROOT))
-    import numpy as np
-
+def search(folder: str) -> None:
+    """Search the sketches in `folder` for exact and near duplicates; prints how many, seconds, and the peak memory."""
     from data.cleaning.duplicates import MinHash, exact_duplicates, near_duplicates
     from data.pipeline.assemble_shards import RowsOnDisk
 
-    base = _peak_mb()
-    t0 = time.perf_counter()
+    before_mb, t0 = peak_mb(), time.perf_counter()
     copies = exact_duplicates(np.load(f"{folder}/digests.npy"))
     t1 = time.perf_counter()
-    bands = (np.array(np.load(f"{folder}/keys.npy", mmap_mode="r")[b]) for b in range(MinHash(0.85).n_bands))
-    first = near_duplicates(bands, RowsOnDisk(Path(f"{folder}/signatures.npy")), ~copies, 0.85)
-    found = int((first != np.arange(n_documents)).sum())
+    bands = (np.array(np.load(f"{folder}/keys.npy", mmap_mode="r")[band]) for band in range(MinHash(NEAR).n_bands))
+    first = near_duplicates(bands, RowsOnDisk(Path(f"{folder}/signatures.npy")), ~copies, NEAR)
+    found = int((first != np.arange(len(first))).sum())
     print(
         f"found {found:,}; exact {t1 - t0:.1f} s, near {time.perf_counter() - t1:.1f} s; "
-        f"peak memory {_peak_mb():.0f} MB, {base:.0f} MB of it before the search"
+        f"peak memory {peak_mb():.0f} MB, {before_mb:.0f} MB of it before the search"
     )
 
 
-def _peak_mb() -> float:
-    """This process's peak, files' pages in its memory included; getrusage's counts its parent's, too."""
+def peak_mb() -> float:
+    """The most memory that this process has held (Linux), mapped files included. getrusage would also count what the
+    parent held."""
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1000
 
 
+def main(arguments: list[str]) -> None:
+    match arguments:
+        case ["speed", problems]:
+            speed(problems)
+        case ["speed", problems, rounds]:
+            speed(problems, int(rounds))
+        case ["dedup", n_documents]:
+            dedup(int(n_documents))
+        case [("search" | "tokenize_alone" | "datasets_map") as step, folder]:  # started by the two above
+            {"search": search, "tokenize_alone": tokenize_alone, "datasets_map": datasets_map}[step](folder)
+        case _:
+            sys.exit(__doc__)
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["speed"]:
-        speed(sys.argv[2], *map(int, sys.argv[3:]))
-    elif sys.argv[1:2] == ["dedup"]:
-        dedup(int(sys.argv[2]))
-    elif sys.argv[1:2] == ["search"]:
-        search(sys.argv[2], int(sys.argv[3]))
-    elif sys.argv[1:2] in (["tokenize_alone"], ["datasets_map"]):
-        globals()[sys.argv[1]](Path(sys.argv[2]))
-    else:
-        sys.exit(__doc__)
+    main(sys.argv[1:])

@@ -1,83 +1,76 @@
-"""Systems in processes of their own, which take turns: what else the machine does slows all of them alike."""
+"""Systems in processes of their own that take turns, so that whatever else the machine does slows them all alike."""
 
 import multiprocessing
 import sys
 import traceback
-from collections.abc import Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from benchmark.systems import SYSTEMS
 from runtime.errors import UserError
 
+SPAWN = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
 
-class Worker:
-    """A system in a process of its own, which waits whenever it has not been asked for something."""
 
-    def __init__(self, name: str, arguments: tuple[Any, ...]):
-        self.name = name
-        context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(name, arguments, theirs), daemon=True)
-        self.process.start()
-        theirs.close()  # so that the pipe ends with the process
+class Worker(SPAWN.Process):
+    """A process that builds the system `build(*arguments)` and waits to be asked for something. Prints to stderr."""
+
+    def __init__(self, name: str, build: Callable[..., Any], *arguments: Any):
+        super().__init__(name=name, daemon=True)
+        self.build, self.arguments = build, arguments
+        self.pipe, self.inner_pipe = SPAWN.Pipe()
+        self.start()
+        self.inner_pipe.close()  # so that it ends with the process
+
+    def run(self) -> None:
+        """Body of the process: answers each call with a result or an exception, until the other end closes."""
+        self.pipe.close()
+        sys.stdout, system = sys.stderr, None
+        while True:
+            try:
+                method, values = self.inner_pipe.recv()
+                system = system or self.build(*self.arguments)
+                answer = getattr(system, method)(*values)
+            except (EOFError, KeyboardInterrupt):  # the parent has left, or is about to
+                return
+            except UserError as error:
+                answer = error
+            except torch.OutOfMemoryError:
+                answer = UserError(f"{self.name}: out of memory on the device; set a lower --batch_size")
+            except Exception:
+                answer = RuntimeError(f"{self.name} failed in {method}:\n{traceback.format_exc()}")
+            self.inner_pipe.send(answer)
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """What the system's method returns. Raises UserError for a user's mistake and for a process that ended."""
+        """What the system's method returns. Raises UserError for a user's mistake, and if the process has ended."""
         try:
             self.pipe.send((method, arguments))
-            kind, answer = self.pipe.recv()
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            self.process.join()
-            code = self.process.exitcode
-            raise UserError(
-                f"{self.name}: its process ended with {code} in {method}; if memory was short, lower --batch_size"
-            ) from None
-        if kind == "mistake":
-            raise UserError(answer)
-        if kind == "failure":
-            raise RuntimeError(f"{self.name} failed in {method}:\n{answer}")
+            answer = self.pipe.recv()
+        except (EOFError, ConnectionError):
+            self.join()
+            ended = f"{self.name}: its process ended with {self.exitcode} in {method}"
+            raise UserError(f"{ended}; if memory was short, lower --batch_size") from None
+        if isinstance(answer, Exception):
+            raise answer
         return answer
 
     def close(self) -> None:
-        """End the process: it leaves by itself when its pipe does, unless it is in the middle of something."""
+        """End the process: an idle one leaves when its pipe closes, a busy one is stopped after 5 s."""
         self.pipe.close()
-        self.process.join(timeout=5)
-        self.process.terminate()
-        self.process.join()
+        self.join(timeout=5)
+        self.terminate()
+        self.join()
 
 
-def work(name: str, arguments: tuple[Any, ...], pipe: Connection) -> None:
-    """Build the system called `name` and answer until the other end closes. Prints go to stderr."""
-    sys.stdout = sys.stderr
-    system = None
-    while True:
-        try:
-            method, values = pipe.recv()
-            system = system or SYSTEMS[name](*arguments)
-            answer = "answer", getattr(system, method)(*values)
-        except (EOFError, KeyboardInterrupt):  # the parent has left, or is about to
-            return
-        except UserError as error:
-            answer = "mistake", str(error)
-        except torch.OutOfMemoryError:
-            answer = "mistake", f"{name}: out of memory on the device; set a lower --batch_size"
-        except Exception:
-            answer = "failure", traceback.format_exc()
-        pipe.send(answer)
-
-
-def alternate(
-    workers: Sequence[Worker], rounds: int, method: str, *arguments: Any, warm: bool = True
-) -> dict[str, list[float]]:
-    """By system, what the method returns in each of `rounds` rounds, in which one after the other is asked, the order
-    reversed each time. With `warm` each is asked once before that counts."""
-    answers: dict[str, list[float]] = {worker.name: [] for worker in workers}
-    for worker in workers if warm else ():
-        worker.ask(method, *arguments)
+def alternate(workers: Sequence[Worker], rounds: int, method: str, *arguments: Any) -> np.ndarray:
+    """Ask every worker the same once per round, in an order that is reversed after each round. Returns the numbers
+    that they answer, (workers, rounds); None becomes NaN."""
+    answers = np.empty((len(workers), rounds))
+    order = list(range(len(workers)))
     for number in range(rounds):
-        for worker in workers if number % 2 == 0 else reversed(workers):
-            answers[worker.name].append(worker.ask(method, *arguments))
+        for index in order:
+            answers[index, number] = workers[index].ask(method, *arguments)
+        order.reverse()
     return answers

@@ -21,7 +21,7 @@ from small_corpus import (
 )
 
 from data.pipeline import assemble_shards, work_units
-from data.pipeline.steps import split_of
+from data.pipeline.split import split_of
 from data.shards import SPLITS
 from prepare import PrepareConfig, prepare
 from runtime.config import load_config

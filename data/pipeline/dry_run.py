@@ -10,7 +10,8 @@ from data.documents import Document, Input, Rejection
 from data.pipeline import report
 from data.pipeline.assemble_shards import EXACT, NEAR, STATUS
 from data.pipeline.learn_tokenizer import make_tokenizer, spread
-from data.pipeline.steps import Draft, PipelineConfig, Refinery, is_validation
+from data.pipeline.split import is_validation
+from data.pipeline.steps import Draft, PipelineConfig, Refinery
 from data.pipeline.tally import Tally
 
 READ_INPUTS = 4  # the documents come from at most this many inputs

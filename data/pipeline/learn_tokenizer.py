@@ -9,7 +9,8 @@ import numpy as np
 
 from data.documents import Document, Input, fraction, utf8_bytes
 from data.pipeline.report import progress_bar
-from data.pipeline.steps import PipelineConfig, Refinery, is_validation
+from data.pipeline.split import is_validation
+from data.pipeline.steps import PipelineConfig, Refinery
 from data.pipeline.tally import Tally
 from data.sequences import SPECIALS
 from data.shards import tokenizer_file

@@ -7,9 +7,7 @@ number of tokens). To add a step, write a method of Refinery, call it in `Refine
 PipelineConfig. If it drops documents, call `tally.passed` and add its name to STEPS in data/pipeline/report.py.
 """
 
-import fnmatch
 import glob
-import os
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +21,8 @@ from data import sequences
 from data.cleaning import duplicates, filters
 from data.cleaning.contamination import Decontaminator, needles_of
 from data.cleaning.redaction import Redactor
-from data.documents import Document, Input, Rejection, SourceConfig, fraction, utf8_bytes
+from data.documents import Document, Rejection, SourceConfig, fraction, utf8_bytes
+from data.pipeline.split import split_of
 from data.pipeline.tally import Tally
 from data.sources.rows import read_rows
 from data.tokenizer import Special, Tokenizer
@@ -227,19 +226,6 @@ class Refinery:
             return draft
         tally.drop(reason, draft.document)
         return None
-
-
-def is_validation(item: Input, val_files: str | None) -> bool:
-    """True if the whole input goes to validation: if the glob `val_files` matches its file name (its path, if the glob
-    has a slash), or if the dataset's publisher reserves it for validation."""
-    pattern = val_files or ""
-    name = item.name if "/" in pattern else os.path.basename(item.name)
-    return getattr(item, "held_out", False) or fnmatch.fnmatch(name, pattern)
-
-
-def split_of(key: str, seed: int, val_fraction: float) -> str:
-    """The split of a repository or file, from a hash of its name alone: other documents do not change it."""
-    return "val" if fraction(f"split {seed} {key}") < val_fraction else "train"
 
 
 def language_weights(setting: str | None) -> dict[str, float]:

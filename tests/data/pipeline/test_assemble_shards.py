@@ -8,7 +8,7 @@ from small_corpus import (
     write_json_gz,
 )
 
-from data.pipeline.steps import split_of
+from data.pipeline.split import split_of
 from data.shards import SPLITS
 from data.tokenizer import load_tokenizer
 

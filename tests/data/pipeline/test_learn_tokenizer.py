@@ -6,7 +6,7 @@ from small_corpus import (
     texts_of,
 )
 
-from data.pipeline.steps import split_of
+from data.pipeline.split import split_of
 from data.tokenizer import load_tokenizer
 
 

@@ -9,16 +9,8 @@ from small_corpus import (
     write_json_gz,
 )
 
-from data.pipeline.steps import split_of
 from data.shards import SPLITS
 from prepare import PrepareConfig, prepare
-
-
-def test_train_and_validation_share_no_repository_and_meet_the_fraction():
-    repos = [f"user{i}/repo" for i in range(10_000)]
-    in_val = sum(split_of(repo, 0, 0.1) == "val" for repo in repos)
-    assert 900 < in_val < 1100  # and split_of sees the repository alone, so a repository is on one side as a whole
-    assert {split_of(repo, 1, 0.1) for repo in repos if split_of(repo, 0, 0.1) == "val"} == {"train", "val"}
 
 
 def test_every_planted_bad_document_is_dropped_for_its_own_reason_and_no_good_one(tmp_path):

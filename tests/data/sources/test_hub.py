@@ -14,7 +14,7 @@ import pytest
 from small_corpus import python_documents
 
 from data.documents import SourceConfig
-from data.pipeline.steps import is_validation
+from data.pipeline.split import is_validation
 from data.shards import Shards
 from data.sources.hub import HubFile
 from data.tokenizer import load_tokenizer
