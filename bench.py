@@ -48,7 +48,7 @@ class BenchConfig(TrainConfig):
     decode_prompt: int = 64  # tokens in the prompts of decoding
     decode_tokens: int = 200  # tokens decoded after the prompt
     decode_batches: str = "1,20,200"  # numbers of rows to decode at once, joined by commas; each number is timed
-    peer_batches: str = "1,20"  # which of decode_batches the other systems decode too
+    peer_batches: str = "1,20"  # numbers among decode_batches for which the other systems are timed too
     decode_rounds: int = 3  # rounds of decoding in which the systems take turns
     decode_dtype: str = "float32"  # dtype of weights and cache when decoding: float32, bfloat16, float16
     quantize: str | None = None  # decode with this project's weights in fewer bytes: float16, int8; None keeps them

@@ -83,8 +83,8 @@ def write_samples(
 def complete(
     model: GPT, tokenizer: Tokenizer, problem: Problem, sampling: Sampling, n_samples: int = 1, batch_size: int = 1
 ) -> list[Completion]:
-    """Returns `n_samples` completions of a problem, drawn `batch_size` at a time. The prompt follows an end-of-text, as
-    every document does in training."""
+    """Returns `n_samples` completions of a problem, drawn `batch_size` at a time; each batch has a seed of its own. The
+    prompt follows an end-of-text, as every document does in training."""
     completions: list[Completion] = []
     while len(completions) < n_samples:
         name = f"{sampling.seed}\0{problem.task_id}\0{sampling.temperature}\0{len(completions)}"

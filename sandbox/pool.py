@@ -4,8 +4,9 @@
         result = sandbox.run("def add(a, b):\\n    return a + b\\n", "assert add(1, 2) == 3")
         print(result.outcome, result.error, result.line)  # passed None None
 
-Every worker process runs one program at a time. forkserver.py says when a program passes, and confine.py what it may
-do. A worker that dies or hangs is replaced.
+Every worker process runs one program at a time. forkserver.py times it and says when it passes, and confine.py what it
+may do. A program that timed out while others took its processor runs once more, alone, at the end (`run_many`). A
+worker that dies or hangs is replaced.
 """
 
 import contextlib

@@ -109,10 +109,15 @@ def load(out_dir: str, device: torch.device, which: str = "last") -> tuple[GPT, 
 
 
 def build_model(config: GPTConfig, weights: dict[str, torch.Tensor], device: torch.device) -> GPT:
-    """Returns a model with a copy of these weights, without drawing random ones first."""
+    """Returns a model with a copy of `weights`. No random weights are drawn first."""
     with torch.device("meta"):
         model = GPT(config)
+    parameters = list(model.named_parameters(remove_duplicate=False))
     model.load_state_dict({name: weight.to(device, copy=True) for name, weight in weights.items()}, assign=True)
+    loaded: dict[int, torch.nn.Parameter] = {}
+    for name, parameter in parameters:  # one that several modules share stays one
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, loaded.setdefault(id(parameter), model.get_parameter(name)))
     return model
 
 

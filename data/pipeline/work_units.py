@@ -1,7 +1,8 @@
 """Units of work: a worker makes one at a time, and a killed run loses at most the units in progress.
 
-A unit is about `unit_bytes` of an input's text after all steps. Its files are named by the index of the input and the
-index of the unit within it. Their content depends neither on the worker nor on other units:
+A unit is about `unit_bytes` (a setting of prepare.py) of an input's text, taken through all steps. Its files are named
+by the index of the input and the index of the unit within it. Their content depends neither on the worker nor on other
+units:
 
     00002_00000.tokens.npy        ids of its documents, end to end
     00002_00000.documents.npy     one row of DOCUMENT per document: digest, tokens, bytes, group, copies, sketched

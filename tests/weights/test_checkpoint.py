@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model import GPT, GPTConfig
 from train import TrainConfig, train
 from training.run import open_dataset, start_run
 from weights import checkpoint
@@ -72,6 +73,19 @@ def test_loading_draws_no_random_weights_and_a_tokenizer_is_read_without_any(tra
     (trained / "previous.pt").unlink()
     with pytest.raises(ValueError, match="damaged"):
         checkpoint.load(str(trained), torch.device("cpu"))
+
+
+def test_weights_that_two_layers_share_stay_shared_when_they_are_loaded(monkeypatch):
+    class Shared(GPT):
+        def __init__(self, config):
+            super().__init__(config)
+            self.h[1].mlp.c_fc.weight = self.h[0].mlp.c_fc.weight
+
+    monkeypatch.setattr(checkpoint, "GPT", Shared)
+    model = Shared(GPTConfig(n_layer=2, n_head=1, n_embd=8, block_size=8, vocab_size=16))
+    built = checkpoint.build_model(model.config, model.state_dict(), torch.device("cpu"))
+    assert built.h[1].mlp.c_fc.weight is built.h[0].mlp.c_fc.weight and built.n_parameters() == model.n_parameters()
+    assert all(torch.equal(a, b) for a, b in zip(built.parameters(), model.parameters(), strict=True))
 
 
 class Payload:
