@@ -12,7 +12,7 @@ whatever else the machine does slows them all alike. Random ids replace a datase
 import dataclasses
 import importlib.util
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,26 +105,26 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         if config.profile:
             result["trace"] = str(output.with_suffix(".trace.json"))
             result["profile"] = workers[0].ask("profile", PROFILED_STEPS, result["trace"])
-            print(f"the ten costliest operations of {PROFILED_STEPS} training steps; trace: {result['trace']}")
-            print(result["profile"])
+            print(f"the ten costliest operations of a training step; {PROFILED_STEPS} steps are in {result['trace']}")
+            line = "{ms_per_step:10.3f} ms {percent:5.1f}% {calls_per_step:8.1f} calls  {operation:.80}"
+            print("\n".join(line.format(**operation) for operation in result["profile"]))
     write_json(output, result)
     print(f"saved {output}")
     return result
 
 
-def start_workers(config: BenchConfig, folder: Path) -> list[Worker]:
+def start_workers(config: BenchConfig, folder: Path) -> Iterator[Worker]:
     """A process for each system, ours first. What they write goes to `folder`."""
     compiled = config.compile and (config.profile or "train" in config.parts or "eval" in config.parts)
     here = {"dataset": dataset_or_random(config, folder / "random"), "out_dir": str(folder / "run")}
     settings = dataclasses.replace(config.training_config(), init_from=None, compile=compiled, **here)
     decode_dtype = DTYPES[config.decode_dtype]
-    workers = [Worker(OURS, Ours, settings, decode_dtype, config.quantize, train_step)]
-    settings = dataclasses.replace(settings, dtype=workers[0].ask("facts")["dtype"])  # on a CPU it is measured, once
+    yield (ours := Worker(OURS, Ours, settings, decode_dtype, config.quantize, train_step))
+    settings = dataclasses.replace(settings, dtype=ours.ask("facts")["dtype"])  # on a CPU it is measured, once
     if config.peer is not None:
-        workers.append(Worker("nanoGPT", NanoGPT, settings, decode_dtype, config.peer))
+        yield Worker("nanoGPT", NanoGPT, settings, decode_dtype, config.peer)
     if config.hf:
-        workers.append(Worker("transformers", HuggingFace, settings, decode_dtype))
-    return workers
+        yield Worker("transformers", HuggingFace, settings, decode_dtype)
 
 
 def measure(config: BenchConfig, workers: Sequence[Worker], machine: dict[str, Any]) -> Figures:

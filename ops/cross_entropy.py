@@ -16,10 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 IGNORE = -1  # a target that does not count in the loss
-CHUNK_BYTES = {
-    "cpu": 2**27,
-    "cuda": 2**31,
-}  # size of the logits held at once; larger chunks make better matrix products
+CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**31}  # of logits held at once; larger chunks make better matrix products
 BLOCK_ROW_BYTES = 2**14  # most bytes of a row of a block on a CPU: 8,192 columns in bf16, 4,096 in fp32
 FP16_SCALE = 2.0**12  # keeps the smallest gradients of fp16 above its smallest number
 

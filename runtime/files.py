@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and text files of users."""
 
 import json
 import os
@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from runtime.errors import UserError
 
 
 @contextmanager
@@ -36,3 +38,11 @@ def write_json_lines(path: Path, values: Iterable[Any]) -> None:
     """Write `values` to `path` as JSON, one per line, whole or not at all."""
     with atomic_write(path) as file:
         file.writelines(json.dumps(value) + "\n" for value in values)
+
+
+def read_text(path: Path) -> str:
+    """The text of a user's file. Raises UserError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; convert it first") from None

@@ -8,6 +8,7 @@ import torch
 
 from data.shards import TokenStream
 from dataloader import Loader, Prefetcher, permute
+from runtime.errors import UserError
 
 
 def stream(n_tokens: int, n_shards: int = 3) -> TokenStream:
@@ -74,7 +75,7 @@ def test_a_batch_is_the_same_whatever_came_before_it():
 
 
 def test_a_split_shorter_than_a_block_is_refused():
-    with pytest.raises(ValueError, match="8 tokens, fewer than a block of 8 and its last target"):
+    with pytest.raises(UserError, match="8 tokens, fewer than a block of 8 and its last target"):
         Loader(stream(8), block_size=8, sequences_per_step=1, seed=0)
 
 
@@ -100,9 +101,9 @@ def test_a_batch_is_the_rows_that_read_gives(dtype, n_shards):
 @pytest.mark.parametrize("index", [0, 1, 4992])  # the last is a target only
 def test_an_impossible_id_anywhere_in_a_batch_is_refused(index):
     message = "shards/train: holds id 4294967294, the vocabulary ends at 99; find the damaged shard with --verify"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         Loader(damaged(index), block_size=8, sequences_per_step=624, seed=0).batch(0)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         damaged(index).read(0, 5000)
 
 
@@ -131,7 +132,7 @@ def test_the_batch_of_the_next_step_is_made_while_this_one_is_used():
 
 def test_what_fails_in_the_thread_is_raised_where_the_batch_is_asked_for():
     loader = Loader(damaged(100), block_size=8, sequences_per_step=4, seed=0)
-    with Prefetcher(loader, 0, torch.device("cpu")) as batches, pytest.raises(ValueError, match="holds id 4294967294"):
+    with Prefetcher(loader, 0, torch.device("cpu")) as batches, pytest.raises(UserError, match="holds id 4294967294"):
         for step in range(160):
             batches.batch(step)
     assert 0 < step < 159

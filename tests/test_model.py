@@ -6,6 +6,7 @@ import torch
 
 from model import GPT, IGNORE, Context, GPTConfig, KVCache
 from runtime.config import load_config
+from runtime.errors import UserError
 from train import TrainConfig
 
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=128)
@@ -212,5 +213,5 @@ def test_residual_projections_start_smaller_with_depth():
     [{"n_embd": 450}, {"n_layer": 0}, {"dropout": 1.0}, {"n_kv_head": 3}, {"rope_theta": 10.0, "n_embd": 8 * 7}],
 )
 def test_impossible_sizes_are_refused(sizes):
-    with pytest.raises(ValueError, match=next(iter(sizes))):
+    with pytest.raises(UserError, match=next(iter(sizes))):
         GPTConfig(**sizes)

@@ -25,6 +25,7 @@ from data.pipeline.split import split_of
 from data.shards import SPLITS
 from prepare import PrepareConfig, prepare
 from runtime.config import load_config
+from runtime.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -159,7 +160,7 @@ def test_a_source_that_changed_under_a_killed_run_is_noticed(corpus, tmp_path, m
     stop_at(module, "_publish", config, monkeypatch)
     with gzip.open(folder / "file-000000000001.json.gz", "a") as file:
         file.write(b"{}\n")
-    with pytest.raises(ValueError, match="the source's files have changed since it was begun"):
+    with pytest.raises(UserError, match="the source's files have changed since it was begun"):
         prepare(config)
 
 

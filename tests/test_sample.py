@@ -37,6 +37,8 @@ def test_the_program_reads_a_prompt_from_anywhere_and_streams(run_config, run_pr
         (["--prompt=x", "--stop=[1]"], "--stop=[1]: wants a text"),
         (["--prompt=x", "--out_dir=nowhere"], "nowhere: no such checkpoint"),
         (["--prompt=x", "--checkpoint=first"], "--checkpoint=first: not one of last, best"),
+        (["--prompt=>>>x", "--verify=doctest"], "the prompt's doctests are malformed: line 1"),
+        (["--prompt=x", f"--tests={sys.executable}"], "not UTF-8 text; convert it first"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, run_config, run_program):

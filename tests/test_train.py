@@ -15,6 +15,7 @@ import torch
 from dataloader import Loader
 from model import GPT, IGNORE
 from runtime.config import load_config
+from runtime.errors import UserError
 from train import TrainConfig, train, train_step
 from training import muon
 from training.metrics import time_left
@@ -212,7 +213,7 @@ def test_fine_tuning_starts_from_the_weights_of_another_run(run_config, tmp_path
     run = start_run(config, open_dataset(config))
     weights = read(Path(run_config.out_dir) / "last.pt")["model"]
     assert run.step == 0 and all(torch.equal(weights[k], v) for k, v in run.model.state_dict().items())
-    with pytest.raises(ValueError, match=r"--init_from=.*: n_layer is 2 there, 3 here; set those values here"):
+    with pytest.raises(UserError, match=r"--init_from=.*: n_layer is 2 there, 3 here; set those values here"):
         start_run(dataclasses.replace(config, n_layer=3), open_dataset(config))
 
 
@@ -250,7 +251,7 @@ def test_a_run_does_not_go_on_with_a_dataset_prepared_anew(run_config, corpus, t
     train(run_config)
     arguments = [f"--name={tmp_path / 'other'}", f"--source=files:{corpus}/*.gz", *SHARD_SETTINGS, "--seed=3"]
     prepare(load_config(PrepareConfig, arguments))
-    with pytest.raises(ValueError, match=r"the content of .* differs from it"):
+    with pytest.raises(UserError, match=r"the content of .* differs from it"):
         train(dataclasses.replace(run_config, dataset=str(tmp_path / "other")))
 
 

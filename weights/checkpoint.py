@@ -51,7 +51,9 @@ def read(path: Path, mmap: bool = False, verify: bool = True) -> dict[str, Any]:
                             pass
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint; train one with train.py, or name another --out_dir") from None
+        raise UserError(
+            f"{path}: no such checkpoint; train one with python train.py, or name another --out_dir"
+        ) from None
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # a damaged file makes torch's reader raise anything

@@ -27,6 +27,7 @@ from data.pipeline.tally import Tally
 from data.sources.rows import read_rows
 from data.tokenizer import Special, Tokenizer
 from runtime.errors import UserError
+from runtime.files import read_text
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,7 @@ def _names_in(path: str | None) -> frozenset[str]:
     """The lines of a text file in lower case, without comments and blank lines."""
     if path is None:
         return frozenset()
-    lines = (line.partition("#")[0].strip().lower() for line in Path(path).read_text(encoding="utf-8").splitlines())
+    lines = (line.partition("#")[0].strip().lower() for line in read_text(Path(path)).splitlines())
     return frozenset(line for line in lines if line)
 
 

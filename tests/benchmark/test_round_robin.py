@@ -5,6 +5,7 @@ import pytest
 
 from benchmark.round_robin import Worker, alternate
 from benchmark.systems import HuggingFace
+from runtime.errors import UserError
 
 
 class Recorder:
@@ -32,6 +33,6 @@ def test_what_goes_wrong_in_a_worker_is_told_with_its_name():
     with pytest.raises(RuntimeError, match=r"(?s)codegpt failed in train.*missing 2 required positional arguments"):
         worker.ask("train", 1)
     worker.kill()
-    with pytest.raises(ValueError, match="codegpt: its process ended with -9 in train"):
+    with pytest.raises(UserError, match="codegpt: its process ended with -9 in train"):
         worker.ask("train", 1)
     worker.close()

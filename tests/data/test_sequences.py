@@ -19,6 +19,7 @@ from data.sequences import (
     sequence,
 )
 from data.tokenizer import Special, train_tokenizer
+from runtime.errors import UserError
 
 DOCUMENT = Document("def f(x):\n    return x  # <fim_middle> é\n", "user/repo", "src/f.py", (), "Python", 42)
 TEXTS = [DOCUMENT.text, "x", "\n", "<fim_prefix><|endoftext|>\x00", "naïve\n" * 50]
@@ -111,5 +112,5 @@ def test_a_malformed_notebook_is_rejected(text):
 
 
 def test_rates_out_of_range_are_refused():
-    with pytest.raises(ValueError, match=r"fim_rate is 50.0; it must be in 0 .. 1"):
+    with pytest.raises(UserError, match=r"fim_rate is 50.0; it must be in 0 .. 1"):
         FormatConfig(fim_rate=50.0)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from data.shards import Shards, TokenStream, tokenizer_file
+from runtime.errors import UserError
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def test_verify_finds_a_flipped_byte(copy):
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=f"{path.name}: sha256 differs from meta.json; prepare the data again"):
+    with pytest.raises(UserError, match=f"{path.name}: sha256 differs from meta.json; prepare the data again"):
         Shards(copy).verify()
 
 
@@ -26,21 +27,21 @@ def test_missing_cut_or_foreign_files_are_named(copy):
     shards = Shards(copy)
     first = copy / shards.entries["train"][0]["file"]
     first.write_bytes(first.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=f"{first.name}: damaged, not"):
+    with pytest.raises(UserError, match=f"{first.name}: damaged, not"):
         shards.split("train")
     first.write_bytes(b"not numpy")
-    with pytest.raises(ValueError, match=f"{first.name}: damaged, not"):
+    with pytest.raises(UserError, match=f"{first.name}: damaged, not"):
         shards.split("train")
     first.unlink()
-    with pytest.raises(ValueError, match=f"{first.name}: missing"):
+    with pytest.raises(UserError, match=f"{first.name}: missing"):
         shards.split("train")
     (copy / "bpe.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"bpe.json: missing, or not the tokenizer of these shards"):
+    with pytest.raises(UserError, match=r"bpe.json: missing, or not the tokenizer of these shards"):
         shards.tokenizer_text()
     (copy / "meta.json").write_text("{")
-    with pytest.raises(ValueError, match=r"meta.json: damaged"):
+    with pytest.raises(UserError, match=r"meta.json: damaged"):
         Shards(copy)
-    with pytest.raises(ValueError, match=r"nowhere/meta.json: not found; prepare the data with"):
+    with pytest.raises(UserError, match=r"nowhere/meta.json: not found; prepare the data with"):
         Shards(copy / "nowhere")
 
 
@@ -61,7 +62,7 @@ def test_an_id_beyond_the_vocabulary_is_an_error_not_a_crash_on_the_device():
     rows = np.empty((1, 2), dtype=np.int32)
     stream.read_rows(np.array([0]), rows)
     assert stream.read(0, 2).tolist() == rows[0].tolist() == [7, 8]
-    with pytest.raises(ValueError, match="holds id 2147483648, the vocabulary ends at 49"):
+    with pytest.raises(UserError, match="holds id 2147483648, the vocabulary ends at 49"):
         stream.read(1, 2)
-    with pytest.raises(ValueError, match="holds id 2147483648, the vocabulary ends at 49"):
+    with pytest.raises(UserError, match="holds id 2147483648, the vocabulary ends at 49"):
         stream.read_rows(np.array([1]), rows)

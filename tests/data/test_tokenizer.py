@@ -8,6 +8,7 @@ import tiktoken
 from small_corpus import python_documents
 
 from data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, train_tokenizer
+from runtime.errors import UserError
 
 needs_cl100k = pytest.mark.skipif(
     "TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR does not name a folder with cl100k_base"
@@ -89,7 +90,7 @@ def test_no_network_is_an_error_that_says_how_to_go_on(monkeypatch):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
-    with pytest.raises(ValueError, match=r"could not be downloaded.*TIKTOKEN_CACHE_DIR.*--tokenizer=train:4096"):
+    with pytest.raises(UserError, match=r"could not be downloaded.*TIKTOKEN_CACHE_DIR.*--tokenizer=train:4096"):
         load_tokenizer("cl100k_base")
 
 
@@ -97,5 +98,5 @@ def test_no_network_is_an_error_that_says_how_to_go_on(monkeypatch):
 def test_what_is_no_tokenizer_file_is_refused(content, tmp_path):
     path = tmp_path / "bpe.json"
     path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(ValueError, match="not a tokenizer file"):
+    with pytest.raises(UserError, match="not a tokenizer file"):
         load_tokenizer(str(path))

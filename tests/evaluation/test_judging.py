@@ -7,6 +7,7 @@ import pytest
 
 from evaluation.judging import fate, judge, read_samples, self_test
 from evaluation.problems import Problem, load_problems
+from runtime.errors import UserError
 from sandbox.pool import Sandbox
 from sandbox.verdict import Limits
 
@@ -23,9 +24,9 @@ def sandbox():
 
 def test_a_judge_that_cannot_be_trusted_here_does_not_start(sandbox):
     self_test(sandbox, [ADD, ADD._replace(solution=None)])
-    with pytest.raises(ValueError, match=r"solutions of 1 of 2 .*\(T/slow; the first timed out\)"):
+    with pytest.raises(UserError, match=r"solutions of 1 of 2 .*\(T/slow; the first timed out\)"):
         self_test(sandbox, [ADD, ADD._replace(task_id="T/slow", solution="    while True: pass\n")])
-    with pytest.raises(ValueError, match=r"a wrong answer passes \(T/loose\); leave these out with --exclude"):
+    with pytest.raises(UserError, match=r"a wrong answer passes \(T/loose\); leave these out with --exclude"):
         self_test(sandbox, [ADD, LOOSE])
 
 
@@ -64,9 +65,9 @@ def test_samples_get_their_outcomes_in_order(sandbox):
 def test_what_is_no_sample_is_named(rows, message, tmp_path):
     path = tmp_path / "s.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         read_samples(str(path), [ADD], [ADD])
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         read_samples("missing.jsonl", [ADD], [ADD])
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from data.tokenizer import load_tokenizer
 from evaluation.likelihood import Scored, Scorer, load_scorer, pygments_tokens, score_documents, windows
 from model import GPT, IGNORE, GPTConfig
+from runtime.errors import UserError
 
 TEXTS = ["def f(x):\n    return x + 1\n", "import os\n" * 30, "é = '🐍'\n", ""]
 
@@ -101,5 +102,5 @@ def test_a_hugging_face_folder_is_scored_as_it_scores_itself(tmp_path):
     loss = model(ids, labels=ids).loss.item()
     assert scorer.totals["Python"].figures()["loss"] == pytest.approx(loss, abs=1e-6)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="not a model that transformers can load"):
+    with pytest.raises(UserError, match="not a model that transformers can load"):
         load_scorer(str(tmp_path), "last", torch.device("cpu"), torch.float32)

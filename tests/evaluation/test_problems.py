@@ -7,6 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from evaluation.problems import FUNCTION_STOPS, SCRIPT_STOPS, load_problems
+from runtime.errors import UserError
 from sandbox.pool import Sandbox
 
 HUMANEVAL = {
@@ -73,7 +74,7 @@ def test_mbpp_is_prompted_with_its_text_and_tests(tmp_path):
     ],
 )
 def test_what_is_no_problem_is_named(rows, message, tmp_path):
-    with pytest.raises(ValueError, match=r"p\.jsonl") as error:
+    with pytest.raises(UserError, match=r"p\.jsonl") as error:
         load_problems(write(tmp_path / "p.jsonl", rows))
     assert message in str(error.value) and "\n" not in str(error.value)
 
@@ -92,7 +93,7 @@ def test_sets_come_through_datasets(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", Datasets)
     assert load_problems("humaneval")[0].task_id == "H/0"
     assert calls == [("openai/openai_humaneval", None, "test")]
-    with pytest.raises(ValueError, match=r"--problems=mbpp: could not be downloaded \(ConnectionError\); connect once"):
+    with pytest.raises(UserError, match=r"--problems=mbpp: could not be downloaded \(ConnectionError\); connect once"):
         load_problems("mbpp")
-    with pytest.raises(ValueError, match="no such file; give one, or a set: humaneval, mbpp"):
+    with pytest.raises(UserError, match="no such file; give one, or a set: humaneval, mbpp"):
         load_problems("humanevil")

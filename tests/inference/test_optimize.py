@@ -9,6 +9,7 @@ import torch
 from inference.generate import generate_tokens
 from inference.optimize import QUANTIZATIONS, Float16Linear, Int8Linear, PackedLinear, optimize
 from model import GPT, KVCache
+from runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_products_that_this_torch_lacks_are_refused_by_name_and_a_slow_one_says_
             return super().forward(x)
 
     monkeypatch.setitem(QUANTIZATIONS, "int8", Missing)
-    with pytest.raises(ValueError, match=r"--quantize=int8: this torch, .* has no such products"):
+    with pytest.raises(UserError, match=r"--quantize=int8: this torch, .* has no such products"):
         optimize(copy.deepcopy(model), quantize="int8")
     monkeypatch.setitem(QUANTIZATIONS, "int8", Slow)
     optimize(copy.deepcopy(model), 8, "int8")

@@ -60,7 +60,7 @@ def test_a_value_may_follow_its_flag_and_a_bool_stands_alone():
 )
 def test_a_wrong_argument_is_named_with_its_remedy(argument, message, monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         load_config(Example, [argument])
     assert str(error.value) == message
 
@@ -77,7 +77,7 @@ def test_a_wrong_argument_is_named_with_its_remedy(argument, message, monkeypatc
 def test_a_wrong_file_is_named_with_its_line(text, message, tmp_path):
     file = tmp_path / "bad.py"
     file.write_text(text)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         load_config(Example, [str(file)])
     assert str(error.value).startswith(f"{file}{message}")
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from runtime.device import autocast, peak_memory_bytes, relative_time, resolve_device, resolve_dtype, warn_if_slow
+from runtime.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -85,9 +86,9 @@ def test_autocast_leaves_the_measurement_alone(monkeypatch):
 
 def test_what_is_not_there_is_refused():
     missing = "cuda" if not torch.cuda.is_available() else "mps"
-    with pytest.raises(ValueError, match=f"--device={missing}: this machine has none"):
+    with pytest.raises(UserError, match=f"--device={missing}: this machine has none"):
         resolve_device(missing)
-    with pytest.raises(ValueError, match="not for training on a CPU"):
+    with pytest.raises(UserError, match="not for training on a CPU"):
         resolve_dtype("float16", CPU)
 
 

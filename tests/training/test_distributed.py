@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from runtime.config import load_config
+from runtime.errors import UserError
 from train import TrainConfig, train
 from training.batch_size import divide_among_ranks
 from training.distributed import seed_rank
@@ -157,7 +158,7 @@ def test_other_ranks_have_randomness_of_their_own_which_a_continued_run_repeats(
 
 @pytest.mark.parametrize(("world_size", "remedy"), [(3, "--tokens_per_step=192"), (16, "--tokens_per_step=512")])
 def test_a_step_that_does_not_divide_among_the_processes_is_refused(world_size, remedy, run_config):
-    with pytest.raises(ValueError, match=f"{world_size} processes cannot share .*{remedy}"):
+    with pytest.raises(UserError, match=f"{world_size} processes cannot share .*{remedy}"):
         divide_among_ranks(run_config, run_config.batch_size, world_size)
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from model import GPT
+from runtime.errors import UserError
 from training.recipe import Recipe, learning_rate, make_optimizers
 
 SMALL = Recipe(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, block_size=16, vocab_size=128, tokens_per_step=128)
@@ -43,7 +44,7 @@ def test_a_batch_ramp_doubles_at_even_distances_and_counts_its_tokens():
     ],
 )
 def test_impossible_recipes_are_refused(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         dataclasses.replace(SMALL, **change)
 
 

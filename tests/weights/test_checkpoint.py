@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
+from runtime.errors import UserError
 from train import TrainConfig, train
 from training.run import open_dataset, start_run
 from weights import checkpoint
@@ -24,7 +25,7 @@ def trained(run_config: TrainConfig) -> Path:
 
 def test_a_checkpoint_of_another_version_says_so(tmp_path):
     torch.save({"format": "codegpt checkpoint 1"}, tmp_path / "old.pt")
-    with pytest.raises(ValueError, match=r"old.pt: written by another version \(codegpt checkpoint 1, not"):
+    with pytest.raises(UserError, match=r"old.pt: written by another version \(codegpt checkpoint 1, not"):
         checkpoint.read(tmp_path / "old.pt")
 
 
@@ -45,7 +46,7 @@ def test_a_truncated_newest_checkpoint_is_skipped_with_a_warning(trained, capsys
     assert f"warning: {last}: damaged, or not a checkpoint" in capsys.readouterr().err
     assert not last.exists() and (trained / "last.damaged").exists()  # so that it never replaces previous.pt
     previous.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"none in .* can be read; to start anew choose another --out_dir"):
+    with pytest.raises(UserError, match=r"none in .* can be read; to start anew choose another --out_dir"):
         checkpoint.read_newest(trained)
 
 
@@ -53,7 +54,7 @@ def test_a_flipped_byte_in_the_weights_is_found(trained):
     data = bytearray((trained / "last.pt").read_bytes())
     data[len(data) // 2] ^= 1
     (trained / "last.pt").write_bytes(data)
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         checkpoint.read(trained / "last.pt")
 
 
@@ -71,7 +72,7 @@ def test_loading_draws_no_random_weights_and_a_tokenizer_is_read_without_any(tra
     tokenizer, payload = checkpoint.open_run(str(trained))
     assert (payload["step"], payload["model_config"]["n_embd"]) == (12, 32) and tokenizer.vocab_size == 512
     (trained / "previous.pt").unlink()
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         checkpoint.load(str(trained), torch.device("cpu"))
 
 
@@ -97,24 +98,24 @@ class Payload:
 def test_what_is_no_checkpoint_is_refused_and_not_executed(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"x\.pt: damaged, or not a checkpoint"):
+    with pytest.raises(UserError, match=r"x\.pt: damaged, or not a checkpoint"):
         checkpoint.load("x.pt", torch.device("cpu"))
     torch.save({"model": {}}, "x.pt")  # nanoGPT's, say
-    with pytest.raises(ValueError, match="not a checkpoint of this project"):
+    with pytest.raises(UserError, match="not a checkpoint of this project"):
         checkpoint.load("x.pt", torch.device("cpu"))
     torch.save(Payload(), "x.pt")
-    with pytest.raises(ValueError, match="damaged, or not a checkpoint"):
+    with pytest.raises(UserError, match="damaged, or not a checkpoint"):
         checkpoint.load("x.pt", torch.device("cpu"))
     assert not Path("executed").exists()
     for missing in ("nowhere", str(tmp_path)):
-        with pytest.raises(ValueError, match=r"no such checkpoint|no checkpoint in it yet"):
+        with pytest.raises(UserError, match=r"no such checkpoint|no checkpoint in it yet"):
             checkpoint.load(missing, torch.device("cpu"))
 
 
 def test_a_tokenizer_that_does_not_match_is_refused(trained):
     payload = checkpoint.read(trained / "last.pt")
     checkpoint.save(trained / "last.pt", {**payload, "tokenizer": payload["tokenizer"].replace("self", "flea")})
-    with pytest.raises(ValueError, match="its tokenizer is not the one the model was trained with"):
+    with pytest.raises(UserError, match="its tokenizer is not the one the model was trained with"):
         checkpoint.load(str(trained), torch.device("cpu"))
 
 

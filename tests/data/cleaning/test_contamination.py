@@ -6,6 +6,7 @@ import pytest
 
 from data.cleaning.contamination import Decontaminator, needles_of, squeeze
 from data.pipeline.steps import PipelineConfig
+from runtime.errors import UserError
 
 COLUMNS = PipelineConfig().contaminant_columns
 MBPP = {
@@ -58,7 +59,7 @@ def test_short_solutions_prove_nothing():
 
 
 def test_rows_that_are_no_problems_are_refused():
-    with pytest.raises(ValueError, match=r"quiz, problem 1: has none of the columns .*; set --contaminant_columns"):
+    with pytest.raises(UserError, match=r"quiz, problem 1: has none of the columns .*; set --contaminant_columns"):
         needles_of([{"riddle": "?"}], 32, COLUMNS, "quiz")
     assert needles_of([{"riddle": "What is it that walks on four legs?"}], 8, "riddle", "quiz")[0].problem == "quiz/1"
 

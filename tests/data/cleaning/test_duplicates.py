@@ -12,6 +12,7 @@ from data.cleaning.duplicates import (
     shingles,
     similarity,
 )
+from runtime.errors import UserError
 
 WORDS = [f"name_{i}" for i in range(50_000)]
 
@@ -88,5 +89,5 @@ def test_who_takes_no_part_is_no_ones_duplicate():
 
 
 def test_thresholds_out_of_range_are_refused():
-    with pytest.raises(ValueError, match=r"near_threshold is 85.0; it must be in 0.4 .. 1"):
+    with pytest.raises(UserError, match=r"near_threshold is 85.0; it must be in 0.4 .. 1"):
         DedupConfig(near_threshold=85.0)

@@ -13,6 +13,7 @@ from data.cleaning.filters import (
     visible_text,
 )
 from data.documents import Document
+from runtime.errors import UserError
 
 GOOD = '''def area(width, height):
     """The area of a rectangle."""
@@ -100,7 +101,7 @@ def test_sets_are_the_published_ones_and_unknown_names_are_refused():
     }
     assert filter_names("xml, polycoder") == ["xml", "few_tokens"]
     assert filter_names(None) == []
-    with pytest.raises(ValueError, match="--filters: unknown 'codeparot'; use codeparrot, codeparrot_v2"):
+    with pytest.raises(UserError, match="--filters: unknown 'codeparot'; use codeparrot, codeparrot_v2"):
         CleanConfig(filters="codeparot")
 
 

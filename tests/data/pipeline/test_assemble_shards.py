@@ -11,6 +11,7 @@ from small_corpus import (
 from data.pipeline.split import split_of
 from data.shards import SPLITS
 from data.tokenizer import load_tokenizer
+from runtime.errors import UserError
 
 
 def test_languages_are_weighed_counted_and_validated_apart(tmp_path):
@@ -27,7 +28,7 @@ def test_languages_are_weighed_counted_and_validated_apart(tmp_path):
     val = {name: texts_of(shards, "val", name) for name in names}
     assert all(texts and all(text.startswith(name) for text in texts) for name, texts in val.items())
     assert sum(map(len, val.values())) == len(texts_of(shards, "val"))
-    with pytest.raises(ValueError, match=r"no val shards of 'Pyhton'; there are C#, Go, Python"):
+    with pytest.raises(UserError, match=r"no val shards of 'Pyhton'; there are C#, Go, Python"):
         shards.split("val", "Pyhton")
     n_train = {name: 200 - len(val[name]) for name in names}
     assert 2.3 * n_train["Python"] < count["Python"] < 2.7 * n_train["Python"] and count["C#"] == n_train["C#"]

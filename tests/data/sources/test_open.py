@@ -10,6 +10,7 @@ from data.documents import Document, Input, Rejection, SourceConfig
 from data.sources.folders import folder_files, local_files
 from data.sources.open import open_source
 from data.sources.rows import RowFile
+from runtime.errors import UserError
 
 LIMIT = 2**24
 
@@ -129,5 +130,5 @@ def test_several_sources_are_joined_in_order(corpus, tmp_path):
     ],
 )
 def test_sources_that_are_not_there_are_refused(source, message):
-    with pytest.raises(ValueError, match=message.replace("*", r"\*")):
+    with pytest.raises(UserError, match=message.replace("*", r"\*")):
         opened(source=source)

@@ -7,6 +7,7 @@ import pytest
 
 from data.documents import Document, Rejection, SourceConfig
 from data.sources.rows import RowFile, read_rows
+from runtime.errors import UserError
 
 GOOD = {"repo_name": "a/b", "path": "x.py", "content": "x = 1\n", "license": "mit", "stars": 3}
 if sys.version_info >= (3, 14):
@@ -93,7 +94,7 @@ def test_problem_files_are_read_whole_or_refused(tmp_path):
     _write(tmp_path / "a.parquet", [GOOD])
     assert read_rows(tmp_path / "a.parquet") == [GOOD]
     (tmp_path / "b.jsonl").write_text("{}\n[]\n")
-    with pytest.raises(ValueError, match=r"b.jsonl, row 2: not a JSON object"):
+    with pytest.raises(UserError, match=r"b.jsonl, row 2: not a JSON object"):
         read_rows(tmp_path / "b.jsonl")
 
 
