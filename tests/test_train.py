@@ -13,11 +13,9 @@ import pytest
 import torch
 
 from dataloader import Loader
-from model import GPT, IGNORE
+from model import IGNORE
 from runtime.config import load_config
-from runtime.errors import UserError
 from train import TrainConfig, train, train_step
-from training import muon
 from training.metrics import time_left
 from training.recipe import learning_rate, make_optimizers
 from training.run import open_dataset, start_run
@@ -86,23 +84,6 @@ def test_a_signal_saves_before_leaving_and_the_run_goes_on(number, run_arguments
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_a_run_keeps_the_arithmetic_it_began_in_unless_that_is_slow_here(run_config, tmp_path, monkeypatch):
-    """A measurement near one must not change the bits of a continued run; Muon multiplies in the run's dtype too."""
-    config = dataclasses.replace(run_config, dtype=None, optimizer="muon", max_steps=2)
-    muons, orthogonalize = [], muon.orthogonalize
-
-    def watched(matrices, dtype):
-        muons.append(dtype)
-        return orthogonalize(matrices, dtype)
-
-    monkeypatch.setattr("training.muon.orthogonalize", watched)
-    for max_steps, bf16_time, expected in ((2, 0.5, "bfloat16"), (3, 0.95, "bfloat16"), (4, 9.0, "float32")):
-        monkeypatch.setattr("runtime.device._relative_time", lambda dtype, rows, width, times=bf16_time: times)
-        train(dataclasses.replace(config, max_steps=max_steps))
-        assert read(tmp_path / "run" / "last.pt")["dtype"] == expected
-        assert muons[-1] == getattr(torch, expected)
-
-
 def test_a_run_says_how_long_it_will_take_from_its_first_steps(run_config, capsys):
     train(dataclasses.replace(run_config, max_steps=6))
     said = re.findall(r"^about 1 min to go: 768 tokens at .* tokens/s, evaluations: 2$", capsys.readouterr().out, re.M)
@@ -122,18 +103,6 @@ def test_a_reader_that_leaves_is_an_interruption_and_the_run_is_saved(run_argume
     process.stdout.close()  # as `| tee log` does at Ctrl-C
     assert process.wait(timeout=60) == 128 + signal.SIGPIPE
     assert read(tmp_path / "run" / "last.pt")["step"] > 0
-
-
-def test_what_may_change_changes_when_a_run_goes_on(run_config):
-    train(dataclasses.replace(run_config, max_steps=4))
-    changed = dataclasses.replace(run_config, weight_decay=0.5, beta2=0.9, batch_size=8, log_interval=5)
-    run = start_run(changed, open_dataset(changed))
-    assert run.step == 4
-    embeddings, rest, matrices = run.optimizers[0].param_groups
-    assert (embeddings["weight_decay"], rest["weight_decay"], matrices["weight_decay"]) == (0.5, 0.0, 0.5)
-    assert matrices["betas"] == (0.9, 0.9)
-    assert all(state["step"] == 4 for state in run.optimizers[0].state.values())
-    train(changed)
 
 
 def test_accumulated_gradients_equal_large_batch(run_config):
@@ -207,16 +176,6 @@ def test_training_lowers_the_loss_and_reports_it(run_config):
     assert [event["step"] for event in events if "val_bpb" in event] == [20, 40, 60]
 
 
-def test_fine_tuning_starts_from_the_weights_of_another_run(run_config, tmp_path):
-    train(run_config)
-    config = dataclasses.replace(run_config, init_from=run_config.out_dir, out_dir=str(tmp_path / "tuned"), seed=2)
-    run = start_run(config, open_dataset(config))
-    weights = read(Path(run_config.out_dir) / "last.pt")["model"]
-    assert run.step == 0 and all(torch.equal(weights[k], v) for k, v in run.model.state_dict().items())
-    with pytest.raises(UserError, match=r"--init_from=.*: n_layer is 2 there, 3 here; set those values here"):
-        start_run(dataclasses.replace(config, n_layer=3), open_dataset(config))
-
-
 def test_a_finished_run_started_again_reports_and_changes_nothing(run_config):
     first = train(run_config)
     before = (Path(run_config.out_dir) / "last.pt").read_bytes()
@@ -224,35 +183,6 @@ def test_a_finished_run_started_again_reports_and_changes_nothing(run_config):
     assert (Path(run_config.out_dir) / "last.pt").read_bytes() == before
     train(dataclasses.replace(run_config, max_steps=14, log_interval=7, learning_rate=1e-4))
     assert read(Path(run_config.out_dir) / "last.pt")["step"] == 14
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("--n_layer=3", "n_layer is 2 there, 3 here"),
-        ("--seed=7", "seed is 1337 there, 7 here"),
-        ("--tokens_per_step=512", "tokens_per_step is 256 there, 512 here"),
-        ("--max_steps=5", "at step 12, beyond --max_steps=5; raise it"),
-    ],
-)
-def test_a_run_does_not_go_on_with_other_shapes_or_data(change, message, run_arguments, run_config, run_program):
-    train(run_config)
-    before = (Path(run_config.out_dir) / "last.pt").read_bytes()
-    code, _, err = run_program(train, TrainConfig, *run_arguments, change)
-    assert code == 2 and message in err and err.count("\n") == 1
-    assert (Path(run_config.out_dir) / "last.pt").read_bytes() == before
-
-
-def test_a_run_does_not_go_on_with_a_dataset_prepared_anew(run_config, corpus, tmp_path):
-    from small_corpus import SHARD_SETTINGS
-
-    from prepare import PrepareConfig, prepare
-
-    train(run_config)
-    arguments = [f"--name={tmp_path / 'other'}", f"--source=files:{corpus}/*.gz", *SHARD_SETTINGS, "--seed=3"]
-    prepare(load_config(PrepareConfig, arguments))
-    with pytest.raises(UserError, match=r"the content of .* differs from it"):
-        train(dataclasses.replace(run_config, dataset=str(tmp_path / "other")))
 
 
 @pytest.mark.parametrize(
@@ -293,28 +223,6 @@ def test_in_fp16_an_overflow_anywhere_keeps_every_optimizer_from_its_step(run_co
     assert run.scaler.get_scale() < scale
 
 
-def test_micro_steps_fit_the_steps_of_a_ramp(run_arguments, run_program):
-    ramp = ["--ramp_doublings=2", "--ramp_steps=4", "--max_steps=6"]  # of 2, 4 and 8 sequences
-    assert run_program(train, TrainConfig, *run_arguments, *ramp)[0] == 0
-    error = run_program(train, TrainConfig, *run_arguments, *ramp, "--tokens_per_step=768", "--batch_size=4")[2]
-    assert "768, 6 sequences at first" in error and "set --tokens_per_step=1024" in error
-
-
-def test_a_compiler_that_fails_is_one_warning_and_training_goes_on(run_config, monkeypatch, capsys):
-    def no_compiler(function, **options):
-        def fail(*args):
-            raise RuntimeError("no C++ compiler\nwas found")
-
-        return fail
-
-    monkeypatch.setattr(torch, "compile", no_compiler)
-    compiled = train(dataclasses.replace(run_config, compile=True))
-    err = capsys.readouterr().err
-    assert err.count("warning: torch.compile failed (no C++ compiler); continuing without it, slower") == 1
-    eager = train(dataclasses.replace(run_config, out_dir=f"{run_config.out_dir}-eager"))
-    assert compiled["val_loss"] == eager["val_loss"]
-
-
 def test_compiled_training_agrees_with_eager(run_config):
     config = dataclasses.replace(run_config, n_layer=1, dropout=0.0)
     eager = train(config)
@@ -335,22 +243,3 @@ def test_fifty_steps_of_the_chunked_loss_follow_the_plain_one(run_config, dtype,
         losses.append([event["loss"] for event in events if "loss" in event])
     assert len(losses[0]) == 50 and losses[0][-1] < losses[0][0]
     assert losses[0] == pytest.approx(losses[1], rel=tolerance)
-
-
-def test_a_batch_size_is_found_and_halved_where_memory_is_short(run_config, monkeypatch, capsys):
-    plain = train(dataclasses.replace(run_config, dropout=0.0))
-    forward, seen = GPT.forward, []
-
-    def short_of_memory(self, tokens, targets=None):
-        seen.append(len(tokens))
-        if targets is not None and self.training and len(tokens) > 2:
-            raise torch.OutOfMemoryError
-        return forward(self, tokens, targets)
-
-    monkeypatch.setattr(GPT, "forward", short_of_memory)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    found = train(dataclasses.replace(run_config, dropout=0.0, batch_size=None, out_dir=f"{run_config.out_dir}-found"))
-    sequences = run_config.tokens_per_step // run_config.block_size
-    out, err = capsys.readouterr()
-    assert f"batch_size: {sequences}\n" in out and "continuing with --batch_size=2" in err
-    assert seen[0] == sequences and found["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-5)
