@@ -1,6 +1,7 @@
 """The house keeps its plan (docs/design.md): which wing may import which, and what importing does."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,11 @@ def test_no_room_imports_itself_in_a_circle():
 
 def test_at_the_top_stand_the_stages_and_what_they_share():
     assert len(list(ROOT.glob("*.py"))) <= 14
+
+
+def test_the_plan_names_every_room():
+    plan = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").split("```")[1]
+    assert {path.stem for path in FILES} - {"__init__"} <= set(re.findall(r"\w+", plan))
 
 
 @pytest.mark.parametrize("wing", ["data", "sandbox"])
