@@ -8,7 +8,6 @@ The defaults are the architecture of GPT-2 (Radford et al., "Language Models are
 StarCoder's GPTBigCode (n_kv_head=1) and of Qwen3 (rope, rms_norm, swiglu, qk_norm, bias=False); tests compare them.
 """
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,54 +78,65 @@ class KVCache:
     def __init__(
         self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype, static: bool = False
     ):
-        shape = (config.n_layer, batch_size, config.kv_heads, config.block_size, config.head_width)  # (L, B, K, S, D)
+        shape = (batch_size, config.kv_heads, config.block_size, config.head_width)  # (B, K, S, D)
         # Masked values must not be NaN: a static cache starts at zero. Untouched pages of torch.empty cost no memory.
         new = torch.zeros if static else torch.empty
-        self.keys, self.values = new(shape, device=device, dtype=dtype), new(shape, device=device, dtype=dtype)
+        # A tensor for each layer: into one of all layers the compiler would not write in place, but copy the whole.
+        self.keys, self.values = (
+            [new(shape, device=device, dtype=dtype) for _ in range(config.n_layer)] for _ in range(2)
+        )
         self.static = static
         self.length = 0  # tokens held, which is the position of the next one
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # the same number, on the device
-        self._mark_static()
+        if static:
+            # What to add to a single token's scores: 0 for the tokens held, -inf for the rest.
+            self.visible = torch.full((1, config.block_size), -math.inf, device=device, dtype=dtype)
+            for tensor in (*self.keys, *self.values, self.position, self.visible):
+                # They keep their addresses; else the compiler would make no CUDA graph of writes to them.
+                torch._dynamo.mark_static_address(tensor, guard=False)
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store a layer's new keys and values, (B, K, T, D) each. Returns all that it holds, (B, K, S, D) each, where
         S = length + T; for a single token in a static cache, S = block_size."""
+        keys, values = self.keys[layer], self.values[layer]
         if self.static and k.size(2) == 1:
-            self.keys[layer].index_copy_(2, self.position, k)
-            self.values[layer].index_copy_(2, self.position, v)
-            return self.keys[layer], self.values[layer]
+            keys.index_copy_(2, self.position, k.to(keys.dtype))
+            values.index_copy_(2, self.position, v.to(values.dtype))
+            return keys, values
         end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
 
-    def mask(self, T: int, S: int) -> torch.Tensor | None:
-        """Which of `S` keys each of the `T` new tokens sees, (T, S) bool: those up to its own position. None: all."""
-        device = self.position.device
-        if T > 1:
-            return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
-        return (torch.arange(S, device=device) <= self.position)[None] if self.static else None
+    def mask(self, T: int) -> torch.Tensor | None:
+        """What to add to the scores of `T` new tokens, (T, S): 0 for keys up to their own position, -inf for others.
+        None if each sees all, or if there are none but theirs. To be called before they are appended."""
+        device, dtype = self.position.device, self.keys[0].dtype
+        if T > 1 and self.length:
+            return torch.full((T, self.length + T), -math.inf, dtype=dtype, device=device).triu(self.length + 1)
+        return self.visible.index_fill_(1, self.position, 0.0) if T == 1 and self.static else None
 
     def advance(self, n_tokens: int) -> None:
-        self.length += n_tokens
-        self.position.fill_(self.length)
+        """Count tokens that were appended."""
+        if n_tokens > 1:
+            self.move_to(self.length + n_tokens)
+        else:  # `mask` has made it visible
+            self.length += 1
+            self.position.fill_(self.length)
 
-    def take(self, rows: torch.Tensor) -> "KVCache":
-        """A new cache of these rows, which may repeat: to draw many samples of one prompt, or drop finished ones."""
-        cache = copy.copy(self)
-        shape = (self.keys.size(0), len(rows), *self.keys.shape[2:])  # (L, rows, K, S, D)
-        new = self.keys.new_zeros if self.static else self.keys.new_empty
-        cache.keys, cache.values, cache.position = new(shape), new(shape), self.position.clone()
-        cache.keys[:, :, :, : self.length] = self.keys[:, rows, :, : self.length]
-        cache.values[:, :, :, : self.length] = self.values[:, rows, :, : self.length]
-        cache._mark_static()
-        return cache
-
-    def _mark_static(self) -> None:
-        """Tell the compiler that a static cache keeps its address; else it makes no CUDA graph of writes to it."""
+    def move_to(self, length: int) -> None:
+        """Hold `length` tokens from now on; 0 empties the cache for another text."""
+        self.length = length
+        self.position.fill_(length)
         if self.static:
-            for tensor in (self.keys, self.values, self.position):
-                torch._dynamo.mark_static_address(tensor, guard=False)
+            self.visible[:, :length], self.visible[:, length:] = 0.0, -math.inf
+
+    def copy_rows(self, source: "KVCache", rows: torch.Tensor) -> None:
+        """Hold what these rows of `source` hold, (B,) indices that may repeat: to draw many samples of one prompt, or
+        drop finished ones."""
+        for mine, theirs in zip((*self.keys, *self.values), (*source.keys, *source.values), strict=True):
+            mine[:, :, : source.length] = theirs[rows, :, : source.length]
+        self.move_to(source.length)
 
 
 class RMSNorm(nn.Module):
@@ -155,6 +165,7 @@ class Context(NamedTuple):
     """What the attention of all layers shares. Each field is None if it is not used."""
 
     cache: KVCache | None
+    mask: torch.Tensor | None  # of the keys that tokens see, (T, S), if a cache holds others than theirs
     rotation: tuple[torch.Tensor, torch.Tensor] | None  # cosines and sines of the tokens' positions, (T, D/2) each
     documents: torch.Tensor | None  # (B, T), the number of the document that each token belongs to
 
@@ -183,15 +194,13 @@ class CausalSelfAttention(nn.Module):
         cache = context.cache
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, K, S, D), in the cache's dtype
-        S = k.size(2)
-        is_prefill = cache is not None and T == S and T > 1  # the cache was empty, and plays no part yet
-        if cache is None or is_prefill:
+        if cache is None or (T > 1 and context.mask is None):  # all keys are those of the T tokens
             dropout = self.dropout if self.training else 0.0
             y = causal_attention(q.to(k.dtype), k, v, dropout, context.documents)  # (B, H, T, D)
         else:
             gqa = k.size(1) < self.n_head
-            y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=cache.mask(T, S), enable_gqa=gqa)
-        y = y.to(x.dtype).transpose(1, 2).reshape(B, T, C)  # (B, T, C)
+            y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=context.mask, enable_gqa=gqa)
+        y = y.to(q.dtype).transpose(1, 2).reshape(B, T, C)  # (B, T, C); x may be fp32 where autocast makes q bf16
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -246,6 +255,7 @@ class GPT(nn.Module):
         self.kernels = PLAIN  # compile_training and compile_decoding replace this one and the next two
         self.compiled_trunk: Callable[..., torch.Tensor] | None = None
         self.compiled_decode: Callable[..., torch.Tensor] | None = None
+        self.idle_caches: dict[int, KVCache] = {}  # static ones by their rows: a compiled step is tied to their memory
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -274,6 +284,15 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits, targets.flatten().long(), ignore_index=IGNORE)
         return torch.where((targets != IGNORE).any(), loss, 0.0)  # torch's mean over no target is NaN
 
+    def losses(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Returns the cross-entropy in nats of each of targets (B, T) that is not IGNORE, (n,) fp32, in their order. The
+        logits of a few hundred of them are held at once. For evaluation: takes no gradients."""
+        counted = targets != IGNORE  # (B, T)
+        x = self._trunk(self._embed(tokens, None), None, self._documents(tokens))[counted]  # (n, C)
+        n_rows = max(1, 2**27 // (4 * self.config.vocab_size))  # 128 MB of fp32 logits
+        parts = zip(x.split(n_rows), targets[counted].long().split(n_rows), strict=True)
+        return torch.cat([F.cross_entropy(self._head(rows).float(), ids, reduction="none") for rows, ids in parts])
+
     def decode(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Append tokens (B, T) to the cache. Returns the logits (B, V) after the last of them.
 
@@ -283,7 +302,7 @@ class GPT(nn.Module):
         assert cache.length + tokens.size(1) <= self.config.block_size, "beyond block_size"
         compiled = self.compiled_decode if cache.static and tokens.size(1) == 1 else None
         if compiled is not None:
-            tokens = tokens.flatten().view(-1, 1)  # the same strides for every slice, so that none recompiles
+            tokens = tokens.contiguous().view(-1, 1)  # the same strides for every slice, so that none recompiles
         logits = (compiled or self._decode)(tokens, cache)
         cache.advance(tokens.size(1))
         return logits
@@ -300,6 +319,11 @@ class GPT(nn.Module):
             self.compiled_trunk, self.kernels = torch.compile(self._trunk, dynamic=False), PLAIN.compiled()
         elif compiled:
             self.forward = torch.compile(self.forward, dynamic=False)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether training steps run compiled code."""
+        return self.compiled_trunk is not None or "forward" in vars(self)
 
     def compile_decoding(self) -> None:
         """Compile, in place, the step of one token on a static cache; on a GPU it becomes one CUDA graph."""
@@ -336,7 +360,8 @@ class GPT(nn.Module):
 
     def _trunk(self, x: torch.Tensor, cache: KVCache | None, documents: torch.Tensor | None) -> torch.Tensor:
         """Blocks and final norm: embeddings x (B, T, C) to what the head reads, (B, T, C)."""
-        context = Context(cache, self._rotation(cache, x), documents)
+        mask = None if cache is None else cache.mask(x.size(1))
+        context = Context(cache, mask, self._rotation(cache, x), documents)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         x = self.drop(x.to(dtype))  # autocast halves the bytes of the residual stream

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -31,14 +30,23 @@ from inference.generate import generate
 from inference.sampling import Sampling
 from model import IGNORE
 from runtime.config import format_config, run_stage
-from runtime.device import autocast, peak_flops, peak_memory_bytes, resolve_device, rng_state, set_rng_state
+from runtime.device import (
+    autocast,
+    is_out_of_memory,
+    peak_flops,
+    peak_memory_bytes,
+    resolve_device,
+    rng_state,
+    set_rng_state,
+)
 from runtime.errors import UserError
 from runtime.interruption import Interruption
 from training.batch_size import divide_among_ranks, fitting_batch_size, smaller_divisor
+from training.compilation import compile_model, save_compiled
 from training.distributed import agree, average, highest, own_device, rank_0_first, rank_and_world, seed_rank, started
-from training.metrics import MetricsLog, Throughput, start_metrics, time_left
+from training.metrics import MetricsLog, Throughput, progress, progress_bar, start_metrics, time_left
 from training.recipe import learning_rate
-from training.run import Run, RunConfig, compile_model, keep_best, open_dataset, save_run, start_run
+from training.run import Run, RunConfig, keep_best, open_dataset, save_run, start_run
 
 
 @dataclass(frozen=True)
@@ -93,9 +101,6 @@ def train_rank(config: TrainConfig) -> dict[str, Any]:
         val_stream = shards.split("val")
         Loader(val_stream, config.block_size, 1, config.seed)  # a split that is too short fails here, before training
         run = start_run(config, shards)
-        if config.batch_size is None:
-            run.config = config = dataclasses.replace(config, batch_size=fitting_batch_size(run, world_size))
-            print(f"batch_size: {config.batch_size}")
     if run.step != highest(run.step):
         raise UserError(f"{config.out_dir}: not the same in every process; name a folder that all machines share")
     if agree(run.dtype == torch.float32):  # each process on a CPU measures whether bf16 is fast, and may differ
@@ -110,10 +115,15 @@ def train_rank(config: TrainConfig) -> dict[str, Any]:
     scores_here = config.humaneval_interval is not None and rank == 0
     try:
         if config.compile and run.step < config.max_steps:
-            compile_model(run, Path(config.out_dir) / "compile_cache")
+            compile_model(run)
+        if config.batch_size is None:
+            run.config = config = dataclasses.replace(config, batch_size=fitting_batch_size(run, world_size))
+            print(f"batch_size: {config.batch_size}")
         with QuickScore(config.humaneval_problems, config.humaneval_first) if scores_here else nullcontext() as scoring:
             figures = train_loop(run, config, loader, val_stream, metrics, scoring)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
             f"out of memory at batch_size {run.config.batch_size}; continue from the last checkpoint with a smaller "
             "--batch_size (tokens_per_step stays as it is), or on a larger device"
@@ -137,13 +147,12 @@ def train_loop(
     """Step, report, evaluate, sample and save until `max_steps`; returns the figures of the last evaluation. Every
     rank trains; rank 0 alone does the rest."""
     rank, world_size = loader.rank, loader.world_size
-    figures: dict[str, Any] = {}
     meter = Throughput(run.model.flops_per_token() // world_size, peak_flops(run.device))
     saved_at, first_step, time_left_shown = time.monotonic(), run.step, False
-
-    def due(interval: int | None) -> bool:
-        """Whether the number of steps taken is a multiple of `interval`, or the run is complete."""
-        return interval is not None and (run.step % interval == 0 or run.step == config.max_steps)
+    reporting = run, config, loader.stream, val_stream, metrics, scoring
+    figures: dict[str, Any] = {}
+    if rank == 0 and run.step and due(run, config.eval_interval) and not metrics.has_evaluation:
+        figures = report(*reporting)  # the run ended between saving this step and evaluating it
 
     with (
         Interruption(patient=world_size > 1) as interruption,
@@ -160,12 +169,12 @@ def train_loop(
                     save_and_exit(run, rng, rank, interruption)
                 run.step += 1
                 meter.tokens += config.tokens_at(run.step - 1)
-                if due(config.log_interval):  # not at every step: reading the loss waits for the device
+                if due(run, config.log_interval):  # not at every step: reading the loss waits for the device
                     loss, grad_norm = require_finite(result, run)
             if rank > 0:
                 continue
             bar.update()
-            if due(config.log_interval):
+            if due(run, config.log_interval):
                 event = {**progress(run, loader.stream), "loss": loss, "lr": lr, "grad_norm": grad_norm}
                 event |= {**meter.read(), "peak_memory_bytes": peak_memory_bytes(run.device)}
                 metrics.write(event)
@@ -174,18 +183,14 @@ def train_loop(
                     time_left_shown = True
                     evaluations = config.eval_interval, config.eval_tokens
                     tqdm.write(time_left(config, run.step, *evaluations, event["tokens_per_s"], world_size))
-            if due(config.eval_interval):
-                figures = {**progress(run, loader.stream), **evaluate(run, val_stream, config.eval_tokens)}
-                metrics.write(figures)
-                keep_best(run, figures["val_loss"])
-            if due(config.sample_interval):
-                text = generate(run.model, run.tokenizer, config.sample_prompt, Sampling(max_new_tokens=64))[0].text
-                tqdm.write(f"--- sample at step {run.step}\n{config.sample_prompt}{text}\n---")
-            if scoring is not None and due(config.humaneval_interval):
-                score(run, scoring, metrics)
-            if due(config.checkpoint_interval) or time.monotonic() - saved_at > 60 * config.checkpoint_minutes:
+            first_report = due(run, config.eval_interval) and not figures  # it may run what has not run before
+            late = time.monotonic() - saved_at > 60 * config.checkpoint_minutes
+            if due(run, config.checkpoint_interval) or late or first_report:
                 save_run(run, rng_state(run.device))
                 saved_at = time.monotonic()
+            figures = report(*reporting) or figures
+            if first_report and run.model.is_compiled:
+                save_compiled(run)
     if rank == 0 and not figures:  # the run was complete already
         figures = {**progress(run, loader.stream), **evaluate(run, val_stream, config.eval_tokens)}
     return figures
@@ -245,8 +250,8 @@ def accumulate_gradients(
                 run.scaler.scale(loss).backward()
                 mean_loss += loss.detach()
             return mean_loss
-        except torch.OutOfMemoryError:
-            if run.config.batch_size == 1:
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or run.config.batch_size == 1:
                 raise
         loss = None  # frees the autograd graph
         run.model.zero_grad(set_to_none=True)
@@ -261,6 +266,37 @@ def n_counted(targets: torch.Tensor) -> torch.Tensor:
     return (targets != IGNORE).sum()
 
 
+def due(run: Run, interval: int | None) -> bool:
+    """Whether the number of steps taken is a multiple of `interval`, or the run is complete."""
+    return interval is not None and (run.step % interval == 0 or run.step == run.config.max_steps)
+
+
+def report(
+    run: Run,
+    config: TrainConfig,
+    stream: TokenStream,
+    val_stream: TokenStream,
+    metrics: MetricsLog,
+    scoring: QuickScore | None,
+) -> dict[str, Any]:
+    """Evaluate, sample and score the model, whatever is due after this step, and write the events. Returns the figures
+    of the evaluation, or {}."""
+    figures, events = {}, []
+    if due(run, config.eval_interval):
+        figures = {**progress(run, stream), **evaluate(run, val_stream, config.eval_tokens)}
+        keep_best(run, figures["val_loss"])
+        events.append(figures)
+    if due(run, config.sample_interval):
+        text = generate(run.model, run.tokenizer, config.sample_prompt, Sampling(max_new_tokens=64))[0].text
+        tqdm.write(f"--- sample at step {run.step}\n{config.sample_prompt}{text}\n---")
+    if scoring is not None and due(run, config.humaneval_interval):
+        scored = scoring.score(run.model, run.tokenizer)
+        events += [{"step": run.step, **scored}] if scored else []
+        tqdm.write(f"step {run.step}: {describe_score(scored)}")
+    metrics.write(*events)  # together: a run that is killed before repeats all of them
+    return figures
+
+
 def evaluate(run: Run, stream: TokenStream, max_tokens: int) -> dict[str, Any]:
     """Loss, perplexity and bits per byte on the validation split `stream`, as written to metrics.jsonl."""
     scored = evaluate_loss(
@@ -271,21 +307,6 @@ def evaluate(run: Run, stream: TokenStream, max_tokens: int) -> dict[str, Any]:
         f"{scored['bits_per_byte']:.4f} bits per byte"
     )
     return {"val_loss": scored["loss"], "perplexity": scored["perplexity"], "val_bpb": scored["bits_per_byte"]}
-
-
-def score(run: Run, scoring: QuickScore, metrics: MetricsLog) -> None:
-    """Write the quick score to metrics.jsonl and print it; `scoring` skips it if it would take too long."""
-    figures = scoring.score(run.model, run.tokenizer)
-    if figures is not None:
-        metrics.write({"step": run.step, **figures})
-    tqdm.write(f"step {run.step}: {describe_score(figures)}")
-
-
-def progress(run: Run, stream: TokenStream) -> dict[str, Any]:
-    """How far the run is: steps, tokens, bytes of text (estimated from the split's bytes per token) and FLOPs."""
-    n_bytes = round(run.tokens * stream.bytes_per_token) if stream.bytes_per_token else None
-    flops = run.tokens * run.model.flops_per_token()
-    return {"step": run.step, "tokens": run.tokens, "bytes": n_bytes, "flops": flops}
 
 
 def require_finite(result: tuple[torch.Tensor, torch.Tensor], run: Run) -> tuple[float, float]:
@@ -307,12 +328,6 @@ def save_and_exit(run: Run, rng: dict[str, torch.Tensor], rank: int, interruptio
     agree(True)  # all wait until it is saved: torchrun ends every process as soon as one has left
     saved = f"saved step {run.step} in {run.config.out_dir}; run the same command to continue"
     interruption.leave(saved if rank == 0 else None)
-
-
-def progress_bar(max_steps: int, step: int, rank: int) -> tqdm:
-    """A bar over all steps, at `step` now; ranks other than 0 show none."""
-    wait_s = 0.5 if sys.stderr.isatty() else 10.0  # a log file gets few lines
-    return tqdm(total=max_steps, initial=step, unit="step", mininterval=wait_s, dynamic_ncols=True, disable=rank > 0)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
+from runtime.device import is_out_of_memory
 from runtime.errors import UserError
 
 SPAWN = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
@@ -37,10 +37,11 @@ class Worker(SPAWN.Process):
                 return
             except UserError as error:
                 answer = error
-            except torch.OutOfMemoryError:
-                answer = UserError(f"{self.name}: out of memory on the device; set a lower --batch_size")
-            except Exception:
-                answer = RuntimeError(f"{self.name} failed in {method}:\n{traceback.format_exc()}")
+            except Exception as error:
+                if is_out_of_memory(error):
+                    answer = UserError(f"{self.name}: out of memory on the device; set a lower --batch_size")
+                else:
+                    answer = RuntimeError(f"{self.name} failed in {method}:\n{traceback.format_exc()}")
             self.inner_pipe.send(answer)
 
     def ask(self, method: str, *arguments: Any) -> Any:

@@ -26,8 +26,9 @@ from model import GPT
 from runtime.device import DTYPES, autocast, peak_flops, peak_memory_bytes, resolve_device
 from runtime.errors import UserError
 from runtime.files import write_json
+from training.compilation import compile_model
 from training.recipe import learning_rate
-from training.run import RunConfig, compile_model, open_dataset, start_run
+from training.run import RunConfig, open_dataset, start_run
 
 GPT2_SETTINGS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias")  # that nanoGPT has
 SAMPLING = Sampling(temperature=0.8, top_k=200, top_p=None)  # as in nanoGPT's sample.py
@@ -88,7 +89,7 @@ class Ours(System):
         self.batch = self.inputs.int().to(self.device), self.targets.int().to(self.device)  # int32, as the loader's
         self.decoders: dict[int, GPT] = {}  # the last one, by its number of rows
         if config.compile:
-            compile_model(self.run, Path(config.out_dir) / "compile_cache")
+            compile_model(self.run)
 
     def facts(self) -> dict[str, Any]:
         """The machine, and what figures are computed from. `weight_bytes` is what decoding a token reads: all weights
@@ -105,7 +106,7 @@ class Ours(System):
             "flops_per_token": model.flops_per_token(),
             "peak_flops": peak_flops(self.device),
             "weight_bytes": n_read * QUANTIZED_BYTES.get(self.quantize, self.decode_dtype.itemsize),
-            "compiled": model.compiled_trunk is not None or "forward" in vars(model),
+            "compiled": model.is_compiled,
         }
 
     def train(self, steps: int) -> int:

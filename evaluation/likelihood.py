@@ -100,7 +100,7 @@ class Scorer:
     context: int  # tokens it can see
     start: int  # the id that begins a document
     encode: Callable[[str], list[int]]
-    logits: Callable[[torch.Tensor], torch.Tensor]  # (B, T) ids to (B, T, V)
+    losses: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of ids and targets (B, T), in nats: as GPT.losses
     device: torch.device
     totals: dict[str, Scored] = field(default_factory=dict)  # by language
 
@@ -111,11 +111,11 @@ def load_scorer(name: str, checkpoint: str, device: torch.device, dtype: torch.d
         return _load_hugging_face(name, device, dtype)
     model, tokenizer, _ = load(name, device, checkpoint)
 
-    def logits(tokens: torch.Tensor) -> torch.Tensor:
+    def losses(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with autocast(device, dtype):
-            return model(tokens)
+            return model.losses(tokens, targets)
 
-    return Scorer(name, model.config.block_size, tokenizer.end_of_text, tokenizer.encode, logits, device)
+    return Scorer(name, model.config.block_size, tokenizer.end_of_text, tokenizer.encode, losses, device)
 
 
 def _load_hugging_face(name: str, device: torch.device, dtype: torch.dtype) -> Scorer:
@@ -135,11 +135,16 @@ def _load_hugging_face(name: str, device: torch.device, dtype: torch.dtype) -> S
     sizes = (getattr(model.config, name, None) for name in ("n_positions", "max_position_embeddings"))
     context = next(filter(None, sizes), 2048)
 
-    def logits(tokens: torch.Tensor) -> torch.Tensor:
-        with autocast(device, dtype):
-            return model(input_ids=tokens).logits
+    def losses(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        parts = []
+        for row, row_targets in zip(tokens.split(1), targets.split(1), strict=True):  # the logits of one row at a time
+            counted = row_targets != IGNORE
+            with autocast(device, dtype):
+                logits = model(input_ids=row).logits[counted].float()  # (n, V)
+            parts.append(F.cross_entropy(logits, row_targets[counted], reduction="none"))
+        return torch.cat(parts)
 
-    return Scorer(name, context, start, lambda text: tokenizer.encode(text, add_special_tokens=False), logits, device)
+    return Scorer(name, context, start, lambda text: tokenizer.encode(text, add_special_tokens=False), losses, device)
 
 
 @torch.no_grad()
@@ -168,10 +173,8 @@ def _add_nats(scorer: Scorer, batch: list[tuple[str, list[int], list[int]]]) -> 
         inputs[row, : len(window)] = torch.tensor(window)
         targets[row, : len(window)] = torch.tensor(window_targets)
     counted = targets != IGNORE  # (B, T)
-    logits = scorer.logits(inputs.to(scorer.device))[counted.to(scorer.device)].float()  # (counted, V)
-    losses = F.cross_entropy(logits, targets[counted].to(scorer.device), reduction="none")  # (counted)
     nats = torch.zeros(targets.shape, dtype=torch.float64)  # (B, T)
-    nats[counted] = losses.cpu().double()
+    nats[counted] = scorer.losses(inputs.to(scorer.device), targets.to(scorer.device)).cpu().double()
     for (language, *_), row_nats in zip(batch, nats.sum(1).tolist(), strict=True):
         scorer.totals[language].nats += row_nats
 

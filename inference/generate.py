@@ -89,39 +89,61 @@ def generate_tokens(
     """
     block_size = model.config.block_size
     with torch.inference_mode():
-        cache, logits = _prefill(model, tokens)
+        tokens = tokens.clone()  # an inference tensor, as later ones are: a compiled step tells them apart
+        cache = new_cache(model, len(tokens))
+        logits = _read_window(model, tokens, cache)
         if len(tokens) < n_samples:
-            cache = cache.take(torch.zeros(n_samples, dtype=torch.int64, device=tokens.device))
+            cache = _take_rows(model, cache, torch.zeros(n_samples, dtype=torch.int64, device=tokens.device))
             logits, tokens = logits.expand(n_samples, -1), tokens.expand(n_samples, -1)  # (B, V), (B, T)
-    while True:
-        with torch.inference_mode():
-            chosen = choose(logits)  # (B,)
-            tokens = torch.cat((tokens, chosen[:, None]), dim=1)  # (B, T + 1)
-        kept = yield chosen
-        with torch.inference_mode():
-            if kept is not None:
-                cache, tokens = cache.take(kept), tokens[kept]
-            T = tokens.size(1)
-            if window_start(T, block_size) == window_start(T - 1, block_size):
-                logits = model.decode(tokens[:, -1:], cache)  # (B, V)
-            else:
-                cache, logits = _prefill(model, tokens)
+    try:
+        while True:
+            with torch.inference_mode():
+                chosen = choose(logits)  # (B,)
+                tokens = torch.cat((tokens, chosen[:, None]), dim=1)  # (B, T + 1)
+            kept = yield chosen
+            with torch.inference_mode():
+                if kept is not None:
+                    cache, tokens = _take_rows(model, cache, kept), tokens[kept]
+                T = tokens.size(1)
+                if window_start(T, block_size) == window_start(T - 1, block_size):
+                    logits = model.decode(tokens[:, -1:], cache)  # (B, V)
+                else:
+                    logits = _read_window(model, tokens, cache)
+    finally:
+        give_back(model, cache)
 
 
-def _prefill(model: GPT, tokens: torch.Tensor) -> tuple[KVCache, torch.Tensor]:
-    """A cache of the last window of tokens (B, T), and the logits (B, V) that follow it."""
-    cache = new_cache(model, len(tokens))
-    start = window_start(tokens.size(1), model.config.block_size)
-    return cache, model.decode(tokens[:, start:], cache)
+def _read_window(model: GPT, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """Fill the cache with the last window of tokens (B, T). Returns the logits (B, V) that follow it."""
+    cache.move_to(0)
+    return model.decode(tokens[:, window_start(tokens.size(1), model.config.block_size) :], cache)
+
+
+def _take_rows(model: GPT, cache: KVCache, rows: torch.Tensor) -> KVCache:
+    """A cache of these rows, (B,) indices, in exchange for `cache`."""
+    new = new_cache(model, len(rows))
+    new.copy_rows(cache, rows)
+    give_back(model, cache)
+    return new
 
 
 def new_cache(model: GPT, batch_size: int) -> KVCache:
-    """An empty cache of the kind that is fast on the model's device. On a GPU it is static, so that kernels launch as
-    one graph. On a CPU it is not, and it is fp32: attention of single tokens is 2 to 6 times as slow in bf16."""
+    """An empty cache. For a compiled step it is static, and one that was given back if there is one: CUDA graphs are
+    recorded for its memory. On a CPU it is fp32: attention of single tokens is 2 to 6 times as slow in bf16."""
     weight = model.wte.weight
-    on_gpu = weight.device.type == "cuda"
     dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
-    return KVCache(model.config, batch_size, weight.device, dtype, static=on_gpu)
+    static = model.compiled_decode is not None
+    cache = model.idle_caches.pop(batch_size, None) if static else None
+    if cache is None:
+        return KVCache(model.config, batch_size, weight.device, dtype, static)
+    cache.move_to(0)
+    return cache
+
+
+def give_back(model: GPT, cache: KVCache) -> None:
+    """Keep a static cache for the next text of as many rows."""
+    if cache.static:
+        model.idle_caches[len(cache.keys[0])] = cache
 
 
 def window_start(n_tokens: int, block_size: int) -> int:

@@ -10,6 +10,7 @@ The gain depends on the processor, so `optimize` measures it, and warns if decod
 has figures. On a GPU the step of one token is compiled to a CUDA graph: written, and never run.
 """
 
+import contextlib
 import math
 import sys
 import time
@@ -18,8 +19,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import GPT, KVCache
-from runtime.device import relative_time
+from inference.generate import generate_tokens
+from model import GPT
+from runtime.device import is_out_of_memory, relative_time
 from runtime.errors import UserError
 
 MEASURED_WEIGHTS = 2**24  # of the head, at most, to time layers with: more than a CPU's cache holds
@@ -134,9 +136,9 @@ def _runs(layer: type[nn.Module], weight: torch.Tensor, batch_size: int) -> bool
         made = layer(weight[:32], None, batch_size)
         for rows in (1, batch_size):
             made(weight.new_zeros(rows, weight.size(1)))
-    except torch.OutOfMemoryError:
-        raise
-    except (AttributeError, RuntimeError):  # another build or processor
+    except (AttributeError, RuntimeError) as error:  # another build or processor
+        if is_out_of_memory(error):
+            raise
         return False
     return True
 
@@ -174,13 +176,15 @@ def _seconds_of(layer: nn.Module, x: torch.Tensor) -> float:
 def compile_step(model: GPT, batch_size: int) -> None:
     """Compile the step of one token and try it on `batch_size` rows. If that fails, warn and decode without it."""
     model.compile_decoding()
-    weight = model.wte.weight
-    cache = KVCache(model.config, batch_size, weight.device, weight.dtype, static=True)
+    start = torch.zeros((batch_size, 1), dtype=torch.int64, device=model.wte.weight.device)
     try:
-        model.decode(torch.zeros((batch_size, 1), dtype=torch.int64, device=weight.device), cache)
-    except torch.OutOfMemoryError:
-        raise
+        with contextlib.closing(generate_tokens(model, start, lambda logits: logits.argmax(-1), batch_size)) as steps:
+            for _ in range(3):  # compiles, records a CUDA graph, runs it
+                next(steps)
     except Exception as error:  # no compiler, an unsupported platform: the compiler raises anything
+        if is_out_of_memory(error):
+            raise
         model.compiled_decode = None
+        model.idle_caches.clear()
         reason = str(error).strip().split("\n")[0]
         print(f"warning: torch.compile failed ({reason}); decoding without it, slower", file=sys.stderr)

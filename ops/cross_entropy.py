@@ -16,29 +16,38 @@ from typing import Any, NamedTuple
 import torch
 
 IGNORE = -1  # a target that does not count in the loss
-CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**31}  # of logits held at once; larger chunks make better matrix products
+CHUNK_BYTES = 2**27  # of logits held at once; larger chunks make better matrix products
+GPU_CHUNK_BYTES, GPU_PLAIN_CHUNK_BYTES = 2**31, 2**28  # compiled and plain kernels; these hold fp32 copies too
+GPU_FEWEST_CHUNKS = 2  # so that with half the rows a chunk is half as large, whatever its bytes
 BLOCK_ROW_BYTES = 2**14  # most bytes of a row of a block on a CPU: 8,192 columns in bf16, 4,096 in fp32
-FP16_SCALE = 2.0**12  # keeps the smallest gradients of fp16 above its smallest number
 
 
-def exponentials(logits: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write exp(logits - the highest of their row) of logits (R, K) to `out`. Returns the highest of each row, and the
-    sum of its exponentials, fp32 (R,) each."""
+def exponentials(logits: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the highest of each row of logits (R, K), and the sum of the row's exp(logits - highest), fp32 (R,) each.
+    Writes these exponentials to `out` if it is given."""
     x = logits.float()
     highest = x.amax(-1)
     exponential = (x - highest[:, None]).exp()
-    out.copy_(exponential)
+    if out is not None:
+        out.copy_(exponential)
     return highest, exponential.sum(-1)
 
 
 def gradients(
-    exponential: torch.Tensor, factor: torch.Tensor, target: torch.Tensor, scale: torch.Tensor, out: torch.Tensor
+    block: torch.Tensor,
+    highest: torch.Tensor | None,
+    factor: torch.Tensor,
+    target: torch.Tensor,
+    scale: torch.Tensor,
+    out: torch.Tensor,
 ) -> None:
-    """Write the gradient of a block of logits (R, K), (softmax - one_hot) * scale, to `out`. `factor` (R,) turns the
-    exponentials into softmax * scale. `target` (R,), int32, is the target's column, outside 0..K-1 if in no column."""
-    columns = torch.arange(exponential.size(1), device=exponential.device, dtype=torch.int32)
+    """Write the gradient of a block of logits (R, K), (softmax - one_hot) * scale, to `out`. `block` holds the logits,
+    and `highest` (R,) the highest of each row, or `block` holds their exponentials and `highest` is None. `factor` (R,)
+    turns exponentials into softmax * scale. `target` (R,), int32, is the target's column, outside 0..K-1 if in none."""
+    exponential = block.float() if highest is None else (block.float() - highest[:, None]).exp()
+    columns = torch.arange(block.size(1), device=block.device, dtype=torch.int32)
     hit = torch.where(columns == target[:, None], scale[:, None], 0.0)
-    out.copy_(exponential.float() * factor[:, None] - hit)
+    out.copy_(exponential * factor[:, None] - hit)
 
 
 class Kernels(NamedTuple):
@@ -65,35 +74,53 @@ def linear_cross_entropy(
     not IGNORE; 0 if all are.
 
     x is (N, C), weight (V, C), targets (N,). Products run in x's dtype; sums, softmax and weight's gradient are fp32.
-    Gradients can be taken once. `chunk_bytes` bounds the logits of a chunk; about twice that is held, and on a GPU
-    without compiled `kernels` some fp32 copies more.
+    Gradients can be taken once. `chunk_bytes` bounds the logits of a chunk; up to twice that is held, and without
+    compiled `kernels` some fp32 copies more.
     """
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    sizes = _sizes(len(x), len(weight), x, chunk_bytes or CHUNK_BYTES.get(x.device.type, 2**27))
+    if chunk_bytes is None:
+        on_gpu = GPU_PLAIN_CHUNK_BYTES if kernels is PLAIN else GPU_CHUNK_BYTES
+        chunk_bytes = on_gpu if x.device.type == "cuda" else CHUNK_BYTES
+    sizes = _sizes(len(x), len(weight), x, chunk_bytes)
     with torch.autocast(x.device.type, enabled=False):
         return _LinearCrossEntropy.apply(x, weight, targets, kernels, sizes, wanted)
 
 
 def _sizes(n_rows: int, n_columns: int, x: torch.Tensor, chunk_bytes: int) -> tuple[int, int]:
     """The number of rows of a chunk, and of columns of a block."""
-    n_chunks = -(-n_rows * n_columns * x.element_size() // chunk_bytes)
+    n_chunks = max(1, -(-n_rows * n_columns * x.element_size() // chunk_bytes))
+    if x.device.type == "cuda":  # chunks of equal size: another size would compile the kernels again
+        n_chunks = max(n_chunks, min(GPU_FEWEST_CHUNKS, n_rows))
+        n_chunks = next((n for n in range(n_chunks, 2 * n_chunks) if n_rows % n == 0), n_chunks)
     fewest_blocks = -(-n_columns * x.element_size() // BLOCK_ROW_BYTES)
     divisors = [n for n in range(fewest_blocks, 2 * fewest_blocks + 1) if n_columns % n == 0]
     n_blocks = divisors[0] if divisors and x.device.type == "cpu" else 1
-    return -(-n_rows // max(1, n_chunks)), n_columns // n_blocks
+    return -(-n_rows // n_chunks), n_columns // n_blocks
+
+
+def _fp16_scale(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A factor for gradients in fp16, a scalar on the device: a power of two that keeps small gradients above fp16's
+    smallest number, and with which no product can overflow, whatever the targets.
+
+    The sizes of the gradients of a column of logits add up to at most the factor, those of a row to twice that. A
+    scaler of the loss cannot prevent an overflow here, because it multiplies what comes out.
+    """
+    largest = torch.maximum(x.abs().amax(), 2 * weight.abs().amax()).float().clamp(min=1)
+    return 2.0 ** (torch.finfo(torch.float16).max / 2 / largest).log2().floor()
 
 
 def _scan(xs, blocks, targets, kernels, scratch, held) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the highest logit of each row in each block, the sum of its exponentials, (blocks, R) each, and the
-    target's logit of each row (R,). Leaves the exponentials in `held`, if it has room for more than one block."""
+    target's logit of each row (R,). Leaves the logits of the last block in `scratch`, and the exponentials of each
+    block in `held`, unless that is empty."""
     highest, sums = torch.empty(2, len(blocks), len(xs), device=xs.device)
     target_logits = torch.zeros(len(xs), device=xs.device)
     for i, (block, target) in enumerate(zip(blocks, targets, strict=True)):
-        logits = torch.mm(xs, block.t(), out=scratch[: len(xs)])  # (R, K)
+        logits = torch.mm(xs, block.t(), out=scratch)  # (R, K)
         found = logits.gather(1, target.clamp(0, len(block) - 1).long()[:, None]).squeeze(1)
         in_block = (target >= 0) & (target < len(block))
         target_logits = torch.where(in_block, found.float(), target_logits)
-        highest[i], sums[i] = kernels.exponentials(logits, held[min(i, len(held) - 1), : len(xs)])
+        highest[i], sums[i] = kernels.exponentials(logits, held[i] if held else None)
     return highest, sums, target_logits
 
 
@@ -102,17 +129,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, kernels, sizes, wanted):
         n_rows, n_columns = sizes
         blocks = weight.to(x.dtype).split(n_columns)  # (K, C) each
-        boost = FP16_SCALE if x.dtype == torch.float16 else 1.0
+        boost = _fp16_scale(x, weight) if x.dtype == torch.float16 else 1.0
         counted = targets != IGNORE
         scale = counted.float() * (boost / counted.sum().clamp(min=1))  # (N,)
         losses = torch.zeros(len(x), device=x.device)
         dx = torch.zeros_like(x, dtype=torch.float32) if wanted else None
         dweight = torch.empty_like(weight, dtype=torch.float32) if wanted else None
         scratch = x.new_empty(n_rows, n_columns)
-        held = x.new_empty(len(blocks) if wanted else 1, n_rows, n_columns)
+        # On a CPU exponentials cost more than memory: they are kept. On a GPU they are computed again from the logits.
+        keep = wanted and (len(blocks) > 1 or x.device.type == "cpu")
+        held = x.new_empty(len(blocks), n_rows, n_columns).unbind() if keep else ()
         for start in range(0, len(x), n_rows):
             chunk = slice(start, start + n_rows)
             xs, s = x[chunk], scale[chunk]  # (R, C), (R,)
+            if len(xs) < n_rows:
+                scratch, held = scratch[: len(xs)], [exponential[: len(xs)] for exponential in held]
             columns = [targets[chunk].int() - i * n_columns for i in range(len(blocks))]  # of targets, in each block
             highest, sums, target_logits = _scan(xs, blocks, columns, kernels, scratch, held)
             log_sum = (highest + sums.log()).logsumexp(0)  # (R,)
@@ -121,10 +152,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             factors = (highest - log_sum).exp() * s  # (blocks, R)
             for i, (block, dblock) in enumerate(zip(blocks, dweight.split(n_columns), strict=True)):
-                gradient = scratch[: len(xs)]  # (R, K)
-                kernels.gradients(held[i, : len(xs)], factors[i], columns[i], s, gradient)
-                dx[chunk] += gradient @ block
-                product = gradient.t() @ xs  # (K, C)
+                kept = (held[i], None) if held else (scratch, highest[i])
+                kernels.gradients(*kept, factors[i], columns[i], s, scratch)  # (R, K)
+                dx[chunk] += scratch @ block
+                product = scratch.t() @ xs  # (K, C)
                 if start == 0:
                     dblock.copy_(product)
                 else:

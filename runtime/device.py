@@ -131,6 +131,13 @@ def keep_freed_memory() -> None:
     mallopt(ctypes.c_int(-1), ctypes.c_int(2**31 - 1))  # M_TRIM_THRESHOLD
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out: torch's allocator, or cuBLAS, Triton or the compiler on its behalf."""
+    signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "OutOfMemoryError", "can't allocate memory")
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in signs)
+
+
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     """The state of torch's random generators that training on `device` draws from."""
     state = {"cpu": torch.get_rng_state()}

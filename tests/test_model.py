@@ -176,7 +176,7 @@ def test_attention_does_not_reach_beyond_a_documents_end():
 def test_zero_init_makes_blocks_that_change_nothing_at_first():
     model = GPT(dataclasses.replace(SMALL, zero_init=True, **MODERN)).eval()
     x = torch.randn(1, 5, 32)
-    assert torch.equal(model.h[0](x, Context(None, model._rotation(None, x), None)), x)
+    assert torch.equal(model.h[0](x, Context(None, None, model._rotation(None, x), None)), x)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -2,9 +2,11 @@
 
 import torch
 
+from runtime.device import is_out_of_memory
 from runtime.errors import UserError
+from training.compilation import try_micro_step
 from training.recipe import Recipe
-from training.run import Run, try_micro_step
+from training.run import Run
 
 MOST_TOKENS = {"cuda": 2**16, "cpu": 2**12}  # per micro-step: keeps a GPU busy, fits a CPU's caches
 
@@ -57,7 +59,10 @@ def _fitting_in_memory(run: Run) -> int:
             torch.cuda.reset_peak_memory_stats(run.device)
             try_micro_step(run, batch_size)
             peak_bytes.append(torch.cuda.max_memory_allocated(run.device))
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        run.model.zero_grad(set_to_none=True)
         return 1
     bytes_per_sequence = max(1, peak_bytes[1] - peak_bytes[0])
     unallocated_bytes, _ = torch.cuda.mem_get_info(run.device)

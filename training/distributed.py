@@ -19,6 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from runtime.device import is_out_of_memory
 from runtime.errors import UserError
 
 PATIENCE = timedelta(days=1)  # others wait while rank 0 evaluates and saves; if it dies, torchrun ends them
@@ -114,9 +115,9 @@ def seed_rank(seed: int, step: int) -> None:
 def _reduce(tensor: torch.Tensor, operation: dist.ReduceOp) -> None:
     try:
         dist.all_reduce(tensor, operation)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:  # usually a closed connection
+        if is_out_of_memory(error):
+            raise
         rank, _ = rank_and_world()
         reason = str(error).strip().split("\n")[0]
         raise UserError(

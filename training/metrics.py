@@ -7,6 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from data.shards import TokenStream
 from runtime.files import atomic_write
 from training.recipe import Recipe
 from training.run import Run
@@ -22,20 +25,25 @@ class MetricsLog:
     def __init__(self, path: Path, resume_step: int, wandb_run: Any = None):
         self.path, self.wandb_run = path, wandb_run
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        kept = [line for line in lines if _step(line) <= resume_step]
+        self.has_evaluation = any(_step(line) == resume_step and '"val_loss"' in line for line in kept)  # of that step
         with atomic_write(path) as file:
-            file.writelines(line + "\n" for line in lines if _step(line) <= resume_step)
+            file.writelines(line + "\n" for line in kept)
 
-    def write(self, event: dict[str, Any]) -> None:
-        infinite = [key for key, value in event.items() if isinstance(value, float) and not math.isfinite(value)]
-        event = {**event, **dict.fromkeys(infinite)}  # JSON has no infinity: the norm of an overflow becomes null
+    def write(self, *events: dict[str, Any]) -> None:
+        written = []
+        for event in events:  # JSON has no infinity: the norm of an overflow becomes null
+            infinite = [key for key, value in event.items() if isinstance(value, float) and not math.isfinite(value)]
+            written.append({**event, **dict.fromkeys(infinite)})
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
-        if self.wandb_run is not None:
+            file.write("".join(json.dumps(event) + "\n" for event in written))
+        for event in written if self.wandb_run is not None else ():
             try:
                 self.wandb_run.log(event, step=event["step"])
             except Exception as error:  # a service must not stop a run
                 print(f"warning: wandb: {error}; continuing without it", file=sys.stderr)
                 self.wandb_run = None
+                return
 
 
 def start_metrics(run: Run, settings: dict[str, Any], wandb_project: str | None) -> MetricsLog:
@@ -59,6 +67,19 @@ def start_wandb(project: str, run_id: str | None, config: dict[str, Any]) -> Any
         reason = str(error).split("\n")[0]
         print(f"warning: wandb: {reason}; continuing without it (pip install wandb; wandb login)", file=sys.stderr)
         return None
+
+
+def progress(run: Run, stream: TokenStream) -> dict[str, Any]:
+    """How far the run is: steps, tokens, bytes of text (estimated from the split's bytes per token) and FLOPs."""
+    n_bytes = round(run.tokens * stream.bytes_per_token) if stream.bytes_per_token else None
+    flops = run.tokens * run.model.flops_per_token()
+    return {"step": run.step, "tokens": run.tokens, "bytes": n_bytes, "flops": flops}
+
+
+def progress_bar(max_steps: int, step: int, rank: int) -> tqdm:
+    """A bar over all steps, at `step` now; ranks other than 0 show none."""
+    wait_s = 0.5 if sys.stderr.isatty() else 10.0  # a log file gets few lines
+    return tqdm(total=max_steps, initial=step, unit="step", mininterval=wait_s, dynamic_ncols=True, disable=rank > 0)
 
 
 class Throughput:

@@ -4,10 +4,9 @@
 (only the weights, at the lowest validation loss). weights/checkpoint.py writes and reads them.
 """
 
+import contextlib
 import dataclasses
 import math
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ import torch
 from data.shards import Shards, open_shards, tokenizer_file
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
-from runtime.device import autocast, keep_freed_memory, resolve_device, resolve_dtype, set_rng_state, warn_if_slow
+from runtime.device import keep_freed_memory, resolve_device, resolve_dtype, set_rng_state, warn_if_slow
 from runtime.errors import UserError
 from training.distributed import own_device
 from training.recipe import Recipe, make_optimizers
-from weights.checkpoint import build_model, open_run, read_newest, save
+from weights.checkpoint import build_model, open_run, read, read_newest, save
 
 
 @dataclass(frozen=True)
@@ -139,34 +138,6 @@ def fine_tuned(config: RunConfig, tokenizer: Tokenizer, shards_path: Path, devic
     return build_model(config, payload["model"], device)
 
 
-def compile_model(run: Run, cache_dir: Path) -> None:
-    """Compile the model in place and try it on one micro-batch; if that fails, warn and leave the model as it was.
-
-    On a GPU the compiled code is kept in `cache_dir`, for when the run continues on another machine. A CPU's code is
-    not: it fits that processor only, and torch does not tell processors apart.
-    """
-    if run.device.type == "cuda":
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir.absolute()))  # read by torch
-    run.model.compile_training()
-    try:
-        try_micro_step(run, run.config.batch_size)
-    except torch.OutOfMemoryError:
-        run.model.zero_grad(set_to_none=True)  # the first step runs out too, and halves batch_size
-    except Exception as error:  # no C++ compiler, an unsupported platform: any exception is possible
-        run.model.compile_training(False)
-        run.model.zero_grad(set_to_none=True)
-        reason = str(error).strip().split("\n")[0]
-        print(f"warning: torch.compile failed ({reason}); continuing without it, slower", file=sys.stderr)
-
-
-def try_micro_step(run: Run, batch_size: int) -> None:
-    """Run a micro-step of `batch_size` sequences, then clear its gradients and restore the random state."""
-    tokens = torch.zeros((batch_size, run.config.block_size), dtype=torch.int32, device=run.device)
-    with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []), autocast(run.device, run.dtype):
-        run.model(tokens, tokens.clone()).backward()  # two tensors, as in training; with one it would compile again
-    run.model.zero_grad(set_to_none=True)
-
-
 def save_run(run: Run, rng: dict[str, torch.Tensor]) -> None:
     """Save to `last.pt` everything that `start_run` needs to continue exactly, and rename the file it replaces to
     `previous.pt`. `rng` is the `rng_state` to continue with. Raises UserError if a weight is not finite."""
@@ -233,6 +204,10 @@ def restore_run(run: Run, payload: dict[str, Any]) -> None:
     if payload["scaler"]:  # empty if it was saved by a run in another dtype
         run.scaler.load_state_dict(payload["scaler"])
     run.step, run.best_val_loss, run.wandb_id = (payload[key] for key in ("step", "best_val_loss", "wandb_id"))
+    with contextlib.suppress(UserError):  # there is none, or it is damaged
+        best = read(Path(run.config.out_dir) / "best.pt", mmap=True, verify=False)
+        if best["step"] <= run.step:  # of an evaluation just after saving
+            run.best_val_loss = best["best_val_loss"]
     set_rng_state(payload["rng"], run.device)
 
 

@@ -14,33 +14,38 @@ TEXTS = ["def f(x):\n    return x + 1\n", "import os\n" * 30, "é = '🐍'\n", "
 
 
 @pytest.fixture(scope="module")
-def scorer(shards) -> Scorer:
+def model() -> GPT:
     torch.manual_seed(0)
-    tokenizer = load_tokenizer(str(shards.path / "bpe.json"))
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=48, vocab_size=512)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return Scorer("ours", 48, tokenizer.end_of_text, tokenizer.encode, model, torch.device("cpu"))
+    return model
+
+
+@pytest.fixture(scope="module")
+def scorer(model, shards) -> Scorer:
+    tokenizer = load_tokenizer(str(shards.path / "bpe.json"))
+    return Scorer("ours", 48, tokenizer.end_of_text, tokenizer.encode, model.losses, torch.device("cpu"))
 
 
 @torch.no_grad()
-def nats_directly(scorer: Scorer, text: str, stride: int) -> float:
+def nats_directly(model: GPT, scorer: Scorer, text: str, stride: int) -> float:
     """One forward pass per token, over what its window shows of the text before it."""
     ids = [scorer.start, *scorer.encode(text)]
     nats = 0.0
     for t in range(1, len(ids)):
         begin = max(0, math.ceil((t - scorer.context) / stride)) * stride
-        logits = scorer.logits(torch.tensor([ids[begin:t]]))[0, -1].double()
+        logits = model(torch.tensor([ids[begin:t]]))[0, -1].double()
         nats -= logits.log_softmax(-1)[ids[t]].item()
     return nats
 
 
 @pytest.mark.parametrize(("stride", "batch_size"), [(48, 16), (24, 3), (7, 1), (1, 5)])
-def test_nats_are_those_of_a_direct_computation(scorer, stride, batch_size):
+def test_nats_are_those_of_a_direct_computation(model, scorer, stride, batch_size):
     scorer.totals.clear()
     score_documents(scorer, (("Python", text) for text in TEXTS), stride, batch_size)
     total = scorer.totals["Python"]
-    nats = sum(nats_directly(scorer, text, stride) for text in TEXTS)
+    nats = sum(nats_directly(model, scorer, text, stride) for text in TEXTS)
     assert total.tokens == sum(len(scorer.encode(text)) for text in TEXTS)
     assert total.bytes == sum(len(text.encode()) for text in TEXTS)
     assert total.nats / total.tokens == pytest.approx(nats / total.tokens, abs=1e-6)
@@ -52,10 +57,10 @@ def test_nats_are_those_of_a_direct_computation(scorer, stride, batch_size):
 
 
 @torch.no_grad()
-def test_a_text_that_fits_the_context_scores_as_one_forward_pass(scorer):
+def test_a_text_that_fits_the_context_scores_as_one_forward_pass(model, scorer):
     ids = torch.tensor([scorer.start, *scorer.encode(TEXTS[0])])
     assert len(ids) - 1 <= scorer.context
-    whole = F.cross_entropy(scorer.logits(ids[None, :-1])[0].double(), ids[1:], reduction="sum").item()
+    whole = F.cross_entropy(model(ids[None, :-1])[0].double(), ids[1:], reduction="sum").item()
     for stride in (1, 10, 48):
         scorer.totals.clear()
         score_documents(scorer, [("Python", TEXTS[0])], stride, 4)

@@ -1,14 +1,16 @@
 import copy
 import dataclasses
+import math
 import re
 import time
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 from inference.generate import generate_tokens
 from inference.optimize import QUANTIZATIONS, Float16Linear, Int8Linear, PackedLinear, optimize
-from model import GPT, KVCache
+from model import GPT, GPTConfig, KVCache
 from runtime.errors import UserError
 
 
@@ -105,15 +107,17 @@ def test_a_static_cache_gives_the_same_logits(model):
             cache = KVCache(model.config, 3, tokens.device, torch.float32, static)
             steps = [model.decode(tokens[:, :10], cache)]
             steps += [model.decode(tokens[:, t, None], cache) for t in range(10, 30)]
-            cache = cache.take(torch.tensor([2, 0]))
+            whole, cache = cache, KVCache(model.config, 2, tokens.device, torch.float32, static)
+            cache.copy_rows(whole, torch.tensor([2, 0]))
             steps += [model.decode(tokens[[2, 0], t, None], cache) for t in range(30, 40)]
             logits.append(steps)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*logits, strict=True))
 
 
+@pytest.mark.parametrize("n_samples", [1, 3, 20])
 @pytest.mark.parametrize("modern", [False, True])
-def test_steps_on_a_static_cache_are_compiled_once(modern, model, monkeypatch):
-    """However long the text is; and a second text on a cache of the same shape is not compiled again."""
+def test_steps_on_a_static_cache_are_compiled_once(modern, n_samples, model, monkeypatch):
+    """However many rows, however long the text, which moves the window; and a second text is not compiled again."""
     if modern:
         parts = {"rope_theta": 100.0, "rms_norm": True, "qk_norm": True, "swiglu": True, "n_kv_head": 1}
         model = GPT(dataclasses.replace(model.config, **parts)).eval()
@@ -126,10 +130,26 @@ def test_steps_on_a_static_cache_are_compiled_once(modern, model, monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(model, "compiled_decode", torch.compile(model._decode, dynamic=False, backend=backend))
-    monkeypatch.setattr(
-        "inference.generate.new_cache", lambda m, n: KVCache(m.config, n, torch.device("cpu"), torch.float32, True)
-    )
-    decoded = greedy(model), greedy(model, n_tokens=50)
+    first = greedy(model, n_samples=n_samples)
+    (cache,) = [cache for rows, cache in model.idle_caches.items() if rows == n_samples]
+    second = greedy(model, n_tokens=50, n_samples=n_samples)
+    assert model.idle_caches[n_samples] is cache, "another cache would record CUDA graphs anew"
+    next(generate_tokens(model, torch.arange(n_samples)[:, None], lambda logits: logits.argmax(-1)))  # prompts of a token
     monkeypatch.undo()
-    assert torch.equal(decoded[0], greedy(model)) and torch.equal(decoded[1], decoded[0][:, :50])
-    assert 1 <= len(compiled) <= 2
+    model.idle_caches.clear()
+    assert torch.equal(first, greedy(model, n_samples=n_samples)) and torch.equal(second, first[:, :50])
+    assert len(compiled) == 1
+
+
+def test_a_compiled_step_makes_nothing_that_grows_with_the_cache():
+    """It writes keys and values in place: in the compiler's own code, no buffer depends on the cache's length."""
+    sizes = []
+    for block_size in (64, 512):
+        model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=block_size, vocab_size=128)).eval()
+        model.compile_decoding()
+        cache = KVCache(model.config, 3, torch.device("cpu"), torch.float32, static=True)
+        with torch.inference_mode(), torch._inductor.config.patch(force_disable_caches=True):
+            _, (code,) = run_and_get_code(model.decode, torch.zeros((3, 1), dtype=torch.int64), cache)
+        shapes = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", code)
+        sizes.append([math.prod(int(n) for n in shape.split(",") if n.strip()) for shape in shapes])
+    assert sizes[0] == sizes[1] and len(sizes[0]) > 5
