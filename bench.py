@@ -195,7 +195,8 @@ def notes(config: BenchConfig, machine: dict[str, Any]) -> list[str]:
     if config.peer is not None:
         lines.append(
             f"nanoGPT of {config.peer} trains under autocast in {machine['dtype']}, on a CPU too, where its own "
-            f"train.py would use float32; it decodes without a cache, under autocast in {config.decode_dtype}"
+            f"train.py would use float32; it decodes without a cache, under autocast in {config.decode_dtype}; float32 "
+            "is not rounded to TF32, which its scripts do"
         )
     ours_alone = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in GPT2_SETTINGS]
     changed = [name for name in (*ours_alone, "optimizer") if getattr(config, name) != getattr(TrainConfig, name)]

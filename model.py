@@ -285,8 +285,8 @@ class GPT(nn.Module):
         return torch.where((targets != IGNORE).any(), loss, 0.0)  # torch's mean over no target is NaN
 
     def losses(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Returns the cross-entropy in nats of each of targets (B, T) that is not IGNORE, (n,) fp32, in their order. The
-        logits of a few hundred of them are held at once. For evaluation: takes no gradients."""
+        """Returns the cross-entropy in nats of each of targets (B, T) that is not IGNORE, (n,) fp32, in their order.
+        For evaluation: without gradients, the logits of a few hundred targets are held at once."""
         counted = targets != IGNORE  # (B, T)
         x = self._trunk(self._embed(tokens, None), None, self._documents(tokens))[counted]  # (n, C)
         n_rows = max(1, 2**27 // (4 * self.config.vocab_size))  # 128 MB of fp32 logits

@@ -44,6 +44,7 @@ class System:
         self.device = resolve_device(config.device)
         self.on_gpu = self.device.type == "cuda"
         self.warmed_up: set[tuple[Any, ...]] = set()  # methods, with all arguments but the last
+        torch.set_float32_matmul_precision("highest")  # no system rounds fp32 to TF32, as nanoGPT's scripts would
         torch.manual_seed(config.seed)
         ids = self.random_ids(config.tokens_per_step // config.block_size, config.block_size + 1)  # (B, T + 1)
         self.inputs, self.targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -158,7 +159,6 @@ class NanoGPT(System):
 
     def __init__(self, config: RunConfig, decode_dtype: torch.dtype, checkout: str):
         super().__init__(config, decode_dtype)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as its scripts do
         spec = importlib.util.spec_from_file_location("peer_model", Path(checkout) / "model.py")  # `model` is ours
         module = sys.modules["peer_model"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

@@ -25,6 +25,8 @@ from runtime.device import autocast
 from runtime.errors import UserError
 from weights.checkpoint import load
 
+MOST_TOKENS = 2**15  # in a forward pass over documents: more take memory and gain no speed
+
 
 @dataclass
 class Scored:
@@ -149,7 +151,9 @@ def _load_hugging_face(name: str, device: torch.device, dtype: torch.dtype) -> S
 
 @torch.no_grad()
 def score_documents(scorer: Scorer, documents: Iterable[tuple[str, str]], stride: int, batch_size: int) -> None:
-    """Add the scores of documents, (language, text) each, to the scorer's totals by language."""
+    """Add the scores of documents, (language, text) each, to the scorer's totals by language. `batch_size` windows go
+    through the model at once, or fewer if they have more than MOST_TOKENS."""
+    batch_size = max(1, min(batch_size, MOST_TOKENS // scorer.context))
     batch: list[tuple[str, list[int], list[int]]] = []  # language, inputs, targets
     for language, text in documents:
         ids = [scorer.start, *scorer.encode(text)]

@@ -69,12 +69,11 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, batch_size: int):
         super().__init__()
-        on_cpu = weight.device.type == "cpu"
-        # On a CPU without AVX-512 torch's int8 product is a scalar loop for fp32; for bf16 it is fast on all CPUs.
-        self.few_dtype = torch.bfloat16 if on_cpu else weight.dtype
-        emulated = on_cpu and weight.dtype != torch.float32 and relative_time(weight.dtype) > 1
+        # Without AVX-512 torch's int8 product is a scalar loop for fp32; for bf16 it is fast on all CPUs.
+        self.few_dtype = torch.bfloat16
+        emulated = weight.dtype != torch.float32 and relative_time(weight.dtype) > 1
         self.many_dtype = torch.float32 if emulated else weight.dtype
-        self.most_rows = self.MOST_ROWS if on_cpu and weight.size(1) % self.STRIDE == 0 else 0
+        self.most_rows = self.MOST_ROWS if weight.size(1) % self.STRIDE == 0 else 0
         scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-7) * (1 + 2**-8)  # bf16 must not round it too small
         self.scale = scale.to(self.few_dtype)  # (N)
         steps = weight.float() / self.scale.float()[:, None]
@@ -120,8 +119,8 @@ def _choose_layer(head: torch.Tensor, batch_size: int, quantize: str | None) -> 
     if quantize is None:
         packs = head.device.type == "cpu" and _runs(PackedLinear, head, batch_size)
         return PackedLinear if packs else PlainLinear
-    if quantize == "float16" and head.device.type != "cpu":
-        raise UserError("--quantize=float16: only for CPUs; on this device use --dtype=float16")
+    if head.device.type != "cpu":  # the products there would first widen all weights: slower than 16-bit weights
+        raise UserError(f"--quantize={quantize}: only for CPUs; on this device use --dtype=bfloat16 or float16")
     layer = QUANTIZATIONS[quantize]
     if not _runs(layer, head, batch_size):
         raise UserError(

@@ -111,8 +111,8 @@ def _fp16_scale(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _scan(xs, blocks, targets, kernels, scratch, held) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the highest logit of each row in each block, the sum of its exponentials, (blocks, R) each, and the
-    target's logit of each row (R,). Leaves the logits of the last block in `scratch`, and the exponentials of each
-    block in `held`, unless that is empty."""
+    target's logit of each row (R,). Leaves the logits of the last block in `scratch`, and the exponentials of all
+    blocks in `held`, or of the last if it has room for one, or of none."""
     highest, sums = torch.empty(2, len(blocks), len(xs), device=xs.device)
     target_logits = torch.zeros(len(xs), device=xs.device)
     for i, (block, target) in enumerate(zip(blocks, targets, strict=True)):
@@ -120,7 +120,7 @@ def _scan(xs, blocks, targets, kernels, scratch, held) -> tuple[torch.Tensor, to
         found = logits.gather(1, target.clamp(0, len(block) - 1).long()[:, None]).squeeze(1)
         in_block = (target >= 0) & (target < len(block))
         target_logits = torch.where(in_block, found.float(), target_logits)
-        highest[i], sums[i] = kernels.exponentials(logits, held[i] if held else None)
+        highest[i], sums[i] = kernels.exponentials(logits, held[min(i, len(held) - 1)] if held else None)
     return highest, sums, target_logits
 
 
@@ -137,8 +137,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dweight = torch.empty_like(weight, dtype=torch.float32) if wanted else None
         scratch = x.new_empty(n_rows, n_columns)
         # On a CPU exponentials cost more than memory: they are kept. On a GPU they are computed again from the logits.
-        keep = wanted and (len(blocks) > 1 or x.device.type == "cpu")
-        held = x.new_empty(len(blocks), n_rows, n_columns).unbind() if keep else ()
+        n_held = (len(blocks) if wanted else 1) if x.device.type == "cpu" else 0
+        held = x.new_empty(n_held, n_rows, n_columns).unbind()
         for start in range(0, len(x), n_rows):
             chunk = slice(start, start + n_rows)
             xs, s = x[chunk], scale[chunk]  # (R, C), (R,)

@@ -12,14 +12,28 @@ import torch.nn.functional as F
 
 from runtime.errors import UserError
 
-# Dense peak of the tensor cores, FLOP/s in bf16 (fp16 where bf16 is not native), from the vendor's data sheets.
+# Dense peak of the tensor cores, FLOP/s in bf16 (fp16 where bf16 is not native) with fp32 sums, from the vendor's data
+# sheets, by a part of the device's name; the first that fits counts.
 PEAK_FLOPS = {
+    "B200": 2250e12,
+    "GB200": 2500e12,
+    "GH200": 989e12,
+    "H200 NVL": 836e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
+    "RTX PRO 6000 Blackwell Server": 480e12,  # Colab's G4
+    "RTX PRO 6000": 504e12,
+    "RTX 6000 Ada": 364e12,
+    "RTX A6000": 155e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
+    "A10G": 70e12,
     "A10": 125e12,
+    "RTX 5090": 210e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
     "V100": 125e12,
@@ -40,7 +54,21 @@ def resolve_device(name: str | None) -> torch.device:
     missing = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
     if missing or not available.get(device.type, False):
         raise UserError(f"--device={name}: this machine has none that torch can use; leave out --device or use cpu")
+    if device.type == "cuda":
+        _require_code_for(device)
     return device
+
+
+def _require_code_for(device: torch.device) -> None:
+    """Raise UserError if the GPU is older than any that this build of torch has code for."""
+    capability = torch.cuda.get_device_capability(device)
+    built = [tuple(map(int, found)) for arch in torch.cuda.get_arch_list() for found in re.findall(r"_(\d+)(\d)", arch)]
+    if built and capability < min(built):
+        raise UserError(
+            f"{torch.cuda.get_device_name(device)}: too old for this build, torch {torch.__version__}; install the one "
+            'for CUDA 12.6, pip install "torch<2.15" --index-url https://download.pytorch.org/whl/cu126, or use '
+            "--device=cpu"
+        )
 
 
 def resolve_dtype(

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from model import GPT, IGNORE, Context, GPTConfig, KVCache
 from runtime.config import load_config
@@ -215,3 +216,26 @@ def test_residual_projections_start_smaller_with_depth():
 def test_impossible_sizes_are_refused(sizes):
     with pytest.raises(UserError, match=next(iter(sizes))):
         GPTConfig(**sizes)
+
+
+def test_losses_of_single_targets_hold_few_logits_and_equal_those_of_all():
+    torch.manual_seed(0)
+    model = GPT(dataclasses.replace(SMALL, vocab_size=100_352, n_layer=1, n_embd=8, n_head=1, block_size=512)).eval()
+    tokens, targets = torch.randint(0, 100_352, (2, 2, 512))
+    targets[0, ::3] = IGNORE
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.shape[-1:] == (100_352,):
+                largest = max(largest, out.numel() * out.element_size())
+            return out
+
+    with torch.no_grad(), Watch():
+        losses = model.losses(tokens, targets)
+    assert 0 < largest <= 2**27
+    with torch.no_grad():
+        whole = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
+    assert torch.allclose(losses, whole[targets.flatten() != IGNORE], atol=1e-5)

@@ -65,6 +65,28 @@ def test_resume_matches_uninterrupted_run_after_kill_9(run_arguments, tmp_path, 
     assert_same_run(whole, cut)
 
 
+def test_a_run_whose_evaluation_fails_is_saved_and_makes_up_for_it(run_config, tmp_path, monkeypatch):
+    config = dataclasses.replace(run_config, eval_interval=5, checkpoint_interval=1000)
+    whole = train(dataclasses.replace(config, out_dir=str(tmp_path / "whole")))
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr("train.evaluate", lambda *args: 1 / 0)
+        train(config)
+    assert read(tmp_path / "run" / "last.pt")["step"] == 5 and not (tmp_path / "run" / "best.pt").exists()
+    assert train(config) == whole
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    best = [read(tmp_path / name / "best.pt") for name in ("whole", "run")]
+    assert best[0]["best_val_loss"] == best[1]["best_val_loss"] and best[0]["step"] == best[1]["step"]
+
+
+def test_a_run_that_was_killed_between_saving_and_its_best_weights_remembers_the_best(run_config, tmp_path):
+    """last.pt is saved before the evaluation, so only best.pt may know how good that one was."""
+    train(dataclasses.replace(run_config, max_steps=4, eval_interval=4))
+    best = read(tmp_path / "run" / "best.pt")
+    assert math.isinf(read(tmp_path / "run" / "last.pt")["best_val_loss"]) and best["step"] == 4
+    run = start_run(run_config, open_dataset(run_config))
+    assert run.best_val_loss == best["best_val_loss"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_before_leaving_and_the_run_goes_on(number, run_arguments, tmp_path):
     never = ["--checkpoint_interval=1000000", "--max_steps=300", "--eval_interval=1000000"]

@@ -93,7 +93,7 @@ def made_on(device: torch.device) -> dict[str, Any]:
     processors apart; with the instructions of another one, its code would compute nonsense or stop."""
     if device.type == "cuda":
         return {"torch": torch.__version__, "device": torch.cuda.get_device_name(device)}
-    cpu_info = Path("/proc/cpuinfo")
-    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", cpu_info.read_text(), re.M) if cpu_info.exists() else None
-    known = f"{platform.machine()} {platform.processor()} {torch.backends.cpu.get_cpu_capability()} {flags and flags[1]}"
+    known = f"{platform.machine()} {platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
+    if (cpu_info := Path("/proc/cpuinfo")).exists():  # Linux: the instructions that the processor has
+        known += str(re.findall(r"^(?:flags|Features)\s*:.*$", cpu_info.read_text(), re.M)[:1])
     return {"torch": torch.__version__, "device": f"{device.type} {hashlib.sha256(known.encode()).hexdigest()[:16]}"}

@@ -99,6 +99,14 @@ def test_products_that_this_torch_lacks_are_refused_by_name_and_a_slow_one_says_
     )
 
 
+def test_quantized_weights_are_for_cpus():
+    """On a GPU their products would read more bytes than those of bf16."""
+    elsewhere = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=16)).to("meta")
+    for name in QUANTIZATIONS:
+        with pytest.raises(UserError, match=f"--quantize={name}: only for CPUs; on this device use --dtype=bfloat16"):
+            optimize(elsewhere, quantize=name)
+
+
 def test_a_static_cache_gives_the_same_logits(model):
     tokens = torch.randint(0, 640, (3, 40))
     logits = []
@@ -134,7 +142,9 @@ def test_steps_on_a_static_cache_are_compiled_once(modern, n_samples, model, mon
     (cache,) = [cache for rows, cache in model.idle_caches.items() if rows == n_samples]
     second = greedy(model, n_tokens=50, n_samples=n_samples)
     assert model.idle_caches[n_samples] is cache, "another cache would record CUDA graphs anew"
-    next(generate_tokens(model, torch.arange(n_samples)[:, None], lambda logits: logits.argmax(-1)))  # prompts of a token
+    next(
+        generate_tokens(model, torch.arange(n_samples)[:, None], lambda logits: logits.argmax(-1))
+    )  # prompts of a token
     monkeypatch.undo()
     model.idle_caches.clear()
     assert torch.equal(first, greedy(model, n_samples=n_samples)) and torch.equal(second, first[:, :50])

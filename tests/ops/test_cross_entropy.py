@@ -1,8 +1,19 @@
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ops.cross_entropy import IGNORE, PLAIN, linear_cross_entropy
+from ops.cross_entropy import (
+    GPU_CHUNK_BYTES,
+    GPU_PLAIN_CHUNK_BYTES,
+    IGNORE,
+    PLAIN,
+    _sizes,
+    exponentials,
+    gradients,
+    linear_cross_entropy,
+)
 
 N, C, V = 96, 32, 1024
 
@@ -38,8 +49,9 @@ def test_loss_and_gradients_equal_float64_whatever_the_chunks(problem, dtype, to
         assert (a - b).norm() < tolerance * b.norm()
 
 
-def test_blocks_of_columns_and_compiled_passes_change_nothing(problem, monkeypatch):
-    monkeypatch.setattr("ops.cross_entropy.BLOCK_ROW_BYTES", 512)
+@pytest.mark.parametrize("block_row_bytes", [512, 2**14])
+def test_blocks_of_columns_and_compiled_passes_change_nothing(block_row_bytes, problem, monkeypatch):
+    monkeypatch.setattr("ops.cross_entropy.BLOCK_ROW_BYTES", block_row_bytes)
     want = with_gradients(reference, *(tensor.double() for tensor in problem[:2]), problem[2])
     for kernels in (PLAIN, PLAIN.compiled()):
         got = with_gradients(lambda *args, k=kernels: linear_cross_entropy(*args, k, chunk_bytes=100_000), *problem)
@@ -90,3 +102,37 @@ def test_without_any_target_the_loss_and_its_gradients_are_zero(problem, chunk_b
         lambda *args: linear_cross_entropy(*args, chunk_bytes=chunk_bytes), x, weight, torch.full_like(targets, IGNORE)
     )
     assert [tensor.abs().max().item() for tensor in got] == [0.0, 0.0, 0.0]
+
+
+def test_a_token_at_half_of_all_places_does_not_overflow_fp16(problem):
+    """Its gradient is a sum over half of the rows, which the scale of fp16 gradients must leave room for."""
+    x, weight, targets = problem
+    x, targets = (30 * x.sign()).half(), torch.where(torch.arange(N) % 2 == 0, 7, targets.clamp(min=0)).int()
+    x[:, 0] = 30.0
+    want = with_gradients(reference, x.double(), weight.half().double(), targets)
+    got = with_gradients(linear_cross_entropy, x, weight, targets)
+    for a, b in zip(got, want, strict=True):
+        assert a.isfinite().all() and (a - b).norm() < 1e-2 * b.norm()
+
+
+def test_gpu_chunks_are_of_one_size_and_shrink_with_the_micro_batch():
+    on_gpu = types.SimpleNamespace(device=torch.device("cuda"), element_size=lambda: 2)
+    for chunk_bytes in (GPU_CHUNK_BYTES, GPU_PLAIN_CHUNK_BYTES):
+        for vocabulary in (100_352, 16_384):
+            rows = [_sizes(n * 1024, vocabulary, on_gpu, chunk_bytes)[0] for n in (64, 32, 16, 12, 8, 4, 2, 1)]
+            assert all(n * 1024 % r == 0 for n, r in zip((64, 32, 16, 12, 8, 4, 2, 1), rows, strict=True))
+            assert all(2 * r * vocabulary <= chunk_bytes for r in rows) and rows[-1] <= 512
+
+
+@pytest.mark.parametrize("highest_given", [False, True])
+def test_gradients_from_logits_are_those_from_exponentials(highest_given, problem):
+    """A GPU computes them from the logits, in place; a CPU from the exponentials that it kept."""
+    x, weight, targets = problem
+    logits = x @ weight.t()
+    kept = torch.empty_like(logits)
+    highest, sums = exponentials(logits, kept)
+    scale, out = torch.rand(N), logits.clone()
+    factor = scale / sums
+    gradients(out if highest_given else kept, highest if highest_given else None, factor, targets, scale, out)
+    one_hot = F.one_hot(targets.clamp(min=0).long(), V) * (targets != IGNORE)[:, None]
+    assert torch.allclose(out, (logits.softmax(-1) - one_hot) * scale[:, None], atol=1e-6)

@@ -3,7 +3,15 @@ import time
 import pytest
 import torch
 
-from runtime.device import autocast, peak_memory_bytes, relative_time, resolve_device, resolve_dtype, warn_if_slow
+from runtime.device import (
+    autocast,
+    peak_flops,
+    peak_memory_bytes,
+    relative_time,
+    resolve_device,
+    resolve_dtype,
+    warn_if_slow,
+)
 from runtime.errors import UserError
 
 CPU = torch.device("cpu")
@@ -16,6 +24,38 @@ def test_cuda_takes_bf16_only_where_it_is_native(capability, expected, monkeypat
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)  # as a T4 says, though it emulates it
     assert resolve_dtype(None, torch.device("cuda")) == expected
+
+
+def test_a_gpu_that_this_torch_has_no_code_for_is_one_line_that_names_the_build(monkeypatch):
+    for name, value in (("is_available", True), ("device_count", 1), ("get_device_name", "Tesla V100-SXM2-16GB")):
+        monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a", "sm_120", "compute_120"])
+    for capability in ((7, 5), (8, 9), (10, 3), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert resolve_device("cuda") == torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    with pytest.raises(UserError, match=r"V100.*too old for this build, .*CUDA 12\.6"):
+        resolve_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 480),
+        ("Tesla T4", 65),
+        ("NVIDIA A1000", None),
+    ],
+)
+def test_a_gpus_peak_is_found_by_its_name(name, tflops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == (tflops and tflops * 1e12)
 
 
 def test_mps_is_fp32_and_names_override():
