@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests and measures what needs a GPU, in under eight minutes, without data: runs tests/test_gpu.py, times
+# Tests and measures what needs a GPU, in about ten minutes, without data: runs tests/test_gpu.py, times
 # configs/70m.py (beside nanoGPT if .peers/nanoGPT is there), and profiles a training step. Writes to one folder and
 # installs nothing: bash runs/gpu_report.sh [FOLDER]. PYTHON names an interpreter other than .venv's or python3.
 set -euo pipefail
@@ -27,9 +27,10 @@ if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; 
     exit 2
 fi
 step "$python" -c "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.get_device_name())"
-step timeout 130 "$python" -m pytest -q -rs -p no:cacheprovider tests/test_gpu.py
+step timeout 200 "$python" -m pytest -q -rs -p no:cacheprovider tests/test_gpu.py
 step timeout 200 "$python" bench.py configs/70m.py --parts=train,eval,loader --rounds=4 --profile \
     "${peer[@]}" --output="$folder/70m.json"
+step timeout 90 "$python" bench.py configs/70m.py --parts=train --batch_size=32 --rounds=3 --output="$folder/70m_32.json"
 step timeout 90 "$python" bench.py configs/70m.py --parts=decode --decode_rounds=2 \
     "${peer[@]}" "${hf[@]}" --output="$folder/70m_decode.json"
 step timeout 50 "$python" bench.py configs/70m.py --parts=decode --decode_rounds=2 --decode_dtype=bfloat16 \
