@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmark.round_robin import Worker, alternate
-from benchmark.systems import GPT2_SETTINGS, HuggingFace, NanoGPT, Ours, dataset_or_random
+from benchmark.systems import GPT2_SETTINGS, SERVED_ROWS, HuggingFace, NanoGPT, Ours, dataset_or_random
 from inference.optimize import QUANTIZATIONS
 from model import GPTConfig
 from runtime.config import format_config, run_stage
@@ -31,7 +31,7 @@ from runtime.files import write_json
 from train import TrainConfig, train_step
 
 OURS = "codegpt"
-PARTS = ("train", "eval", "loader", "decode")
+PARTS = ("train", "eval", "loader", "decode", "serve")
 PROFILED_STEPS = 3
 UNITS = {"tflop/s": "TFLOP/s", "mfu": "MFU", "mb": "MB", "gb/s": "GB/s"}
 Figures = dict[str, np.ndarray]  # by name, (systems, rounds): ours, then the others as far as they have the figure
@@ -39,7 +39,7 @@ Figures = dict[str, np.ndarray]  # by name, (systems, rounds): ours, then the ot
 
 @dataclass(frozen=True)
 class BenchConfig(TrainConfig):
-    parts: str = "train,eval,loader,decode"  # what to time, joined by commas
+    parts: str = "train,eval,loader,decode"  # what to time, joined by commas; also serve, decoding as serve.py does it
     peer: str | None = None  # folder of a nanoGPT checkout to time beside this project; None times none
     hf: bool = False  # also time decoding with the GPT-2 of transformers
     rounds: int = 5  # rounds in which the systems take turns; decoding has decode_rounds
@@ -150,7 +150,28 @@ def measure(config: BenchConfig, workers: Sequence[Worker], machine: dict[str, A
     for number in config.decode_batches.split(",") if "decode" in parts else ():
         decoders = workers if number in config.peer_batches.split(",") else ours
         figures |= measure_decoding(config, decoders, int(number), machine["weight_bytes"])
+    if "serve" in parts:
+        figures |= measure_serving(config, ours)
     return figures
+
+
+def measure_serving(config: BenchConfig, ours: Sequence[Worker]) -> Figures:
+    """Decoding as serve.py does it: one stream beside the decoder alone, many streams beside one, and the first token
+    of a long prompt that was not seen and of one of which all but its last tokens were."""
+    rounds, asked = config.decode_rounds, (config.decode_prompt, config.decode_tokens)
+    alone = alternate(ours, rounds, "rate", "decode", 1, *asked)
+    one, many = (alternate(ours, rounds, "rate", "serve", streams, *asked) for streams in (1, SERVED_ROWS))
+    n_prompt = config.block_size * 7 // 8
+    unseen, seen = (alternate(ours, rounds, "first_token_s", n_prompt, n) for n in (0, n_prompt * 17 // 18))
+    return {
+        "serve_1_tokens_per_s": one,
+        f"serve_{SERVED_ROWS}_tokens_per_s": many,
+        "serve_1_percent_of_decode_1": 100 * one / alone,
+        f"serve_{SERVED_ROWS}_times_serve_1": many / one,
+        "serve_first_token_ms_unseen": 1000 * unseen,
+        "serve_first_token_ms_seen": 1000 * seen,
+        "serve_seen_percent_of_unseen": 100 * seen / unseen,
+    }
 
 
 def measure_decoding(config: BenchConfig, workers: Sequence[Worker], batch: int, weight_bytes: int) -> Figures:

@@ -38,7 +38,7 @@ class PerplexityConfig:
     files: str | None = None  # files to score instead of shards: patterns such as 'src/**/*.py', joined by ;
     stride: int | None = None  # tokens between windows over documents; None: blocks (shards) or half a context (files)
     max_tokens: int | None = None  # score a fixed selection of about this many tokens; None scores all
-    batch_size: int = 16  # sequences per forward pass
+    batch_size: int = 16  # most sequences per forward pass
     device: str | None = None  # cuda, mps or cpu; None takes the best available
     dtype: str | None = None  # precision of matrix products: float32, bfloat16, float16; None: the fastest here
 

@@ -116,6 +116,10 @@ class KVCache:
             return torch.full((T, self.length + T), -math.inf, dtype=dtype, device=device).triu(self.length + 1)
         return self.visible.index_fill_(1, self.position, 0.0) if T == 1 and self.static else None
 
+    def at_positions(self, table: torch.Tensor, T: int) -> torch.Tensor:
+        """The rows of `table` (block_size, ...) at the positions of `T` new tokens, (T, ...)."""
+        return table[self.position] if self.static and T == 1 else table[self.length : self.length + T]
+
     def advance(self, n_tokens: int) -> None:
         """Count tokens that were appended."""
         if n_tokens > 1:
@@ -124,8 +128,13 @@ class KVCache:
             self.length += 1
             self.position.fill_(self.length)
 
+    def clear(self) -> None:
+        """Empty the cache for another text. An infinity that this one left would spoil it: 0 times that is NaN."""
+        torch._foreach_zero_([*self.keys, *self.values])
+        self.move_to(0)
+
     def move_to(self, length: int) -> None:
-        """Hold `length` tokens from now on; 0 empties the cache for another text."""
+        """Hold the first `length` tokens from now on, to read the rest of the text again."""
         self.length = length
         self.position.fill_(length)
         if self.static:
@@ -137,6 +146,10 @@ class KVCache:
         for mine, theirs in zip((*self.keys, *self.values), (*source.keys, *source.values), strict=True):
             mine[:, :, : source.length] = theirs[rows, :, : source.length]
         self.move_to(source.length)
+
+
+def _at_positions(table: torch.Tensor, cache: KVCache | None, T: int) -> torch.Tensor:
+    return table[:T] if cache is None else cache.at_positions(table, T)
 
 
 class RMSNorm(nn.Module):
@@ -300,7 +313,8 @@ class GPT(nn.Module):
         exceed block_size. All tokens count as one document.
         """
         assert cache.length + tokens.size(1) <= self.config.block_size, "beyond block_size"
-        compiled = self.compiled_decode if cache.static and tokens.size(1) == 1 else None
+        # A prompt of one token is read eagerly, as longer ones: its rows may be fewer than those that are decoded.
+        compiled = self.compiled_decode if cache.static and tokens.size(1) == 1 and cache.length else None
         if compiled is not None:
             tokens = tokens.contiguous().view(-1, 1)  # the same strides for every slice, so that none recompiles
         logits = (compiled or self._decode)(tokens, cache)
@@ -334,14 +348,7 @@ class GPT(nn.Module):
         # on a GPU, where this has never run.
         sparse = self.chunked_loss and self.config.tied and tokens.device.type == "cpu"
         x = F.embedding(tokens, self.wte.weight, sparse=sparse)  # (B, T, C)
-        return x if self.wpe is None else x + self._at_positions(self.wpe.weight, cache, tokens.size(1))
-
-    def _at_positions(self, table: torch.Tensor, cache: KVCache | None, T: int) -> torch.Tensor:
-        """The rows of `table` (block_size, ...) at the positions of T new tokens, (T, ...)."""
-        if cache is not None and cache.static and T == 1:
-            return table[cache.position]
-        start = cache.length if cache is not None else 0
-        return table[start : start + T]
+        return x if self.wpe is None else x + _at_positions(self.wpe.weight, cache, tokens.size(1))
 
     def _documents(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """The number of the document that each token belongs to, (B, T) int32; None unless document_end is set. The
@@ -350,12 +357,14 @@ class GPT(nn.Module):
         return None if end is None else (tokens == end).cumsum(1, dtype=torch.int32)
 
     def _rotation(self, cache: KVCache | None, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Cosines and sines of rotary positions for the new tokens x (B, T, C), (T, D/2) each."""
+        """Cosines and sines of rotary positions for the new tokens x (B, T, C), (T, D/2) each. With a cache whose rows
+        differ in length (inference/batching.py), (B, 1, T, D/2)."""
         if self.config.rope_theta is None:
             return None
         exponents = torch.arange(0, self.config.head_width, 2, device=x.device) / self.config.head_width  # (D/2)
-        positions = self._at_positions(torch.arange(self.config.block_size, device=x.device), cache, x.size(1))  # (T)
-        angles = positions[:, None] * self.config.rope_theta**-exponents  # (T, D/2)
+        positions = _at_positions(torch.arange(self.config.block_size, device=x.device), cache, x.size(1))  # (T)
+        positions = positions if positions.dim() == 1 else positions[:, None]
+        angles = positions[..., None] * self.config.rope_theta**-exponents  # (T, D/2)
         return angles.cos(), angles.sin()
 
     def _trunk(self, x: torch.Tensor, cache: KVCache | None, documents: torch.Tensor | None) -> torch.Tensor:

@@ -5,12 +5,12 @@ echo "import os" | python sample.py --prompt_file=- --n_samples=3 --temperature=
 python sample.py --prompt_file=task.py --n_samples=20 --verify=doctest    # the first that passes its doctests
 """
 
-import doctest
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from evaluation.doctests import doctest_check
 from evaluation.problems import FUNCTION_STOPS, read_stops
 from inference.generate import Completion, generate
 from inference.optimize import QUANTIZATIONS, optimize
@@ -21,14 +21,6 @@ from runtime.errors import UserError
 from runtime.files import read_text
 from sandbox.pool import Sandbox
 from weights.checkpoint import latest_run, load
-
-# Counts the examples, because a completion may define the function again without its docstring.
-DOCTESTS = """
-import doctest, sys
-done = doctest.testmod(sys.modules["program"])
-assert done.attempted >= {}, f"only {{done.attempted}} doctests are left"
-assert not done.failed, f"{{done.failed}} of {{done.attempted}} doctests fail"
-"""
 
 
 @dataclass(frozen=True)
@@ -107,15 +99,7 @@ def _read_check(prompt: str, verify: str | None, tests: str | None) -> str | Non
     """The code that checks a completion: the file `tests`, or the prompt's doctests. None if neither is asked for."""
     if tests is not None:
         return read_text(Path(tests))
-    if verify is None:
-        return None
-    try:
-        n_examples = len(doctest.DocTestParser().get_examples(prompt))
-    except ValueError as error:  # its line number and what is wrong with it
-        raise UserError(f"--verify=doctest: the prompt's doctests are malformed: {error}; correct them") from None
-    if not n_examples:
-        raise UserError("--verify=doctest: the prompt has no doctests, >>> lines; add some, or give --tests=FILE")
-    return DOCTESTS.format(n_examples)
+    return None if verify is None else doctest_check(prompt, "--verify=doctest", "--tests=FILE")
 
 
 def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -41,7 +42,7 @@ from runtime.device import (
 )
 from runtime.errors import UserError
 from runtime.interruption import Interruption
-from training.batch_size import divide_among_ranks, fitting_batch_size, smaller_divisor
+from training.batch_size import choose_batch_size, divide_among_ranks, smaller_divisor
 from training.compilation import compile_model, save_compiled
 from training.distributed import agree, average, highest, own_device, rank_0_first, rank_and_world, seed_rank, started
 from training.metrics import MetricsLog, Throughput, progress, progress_bar, start_metrics, time_left
@@ -74,6 +75,9 @@ class TrainConfig(RunConfig):
             raise UserError(f"checkpoint_minutes is {self.checkpoint_minutes}; it must be 0 or more")
         if self.sample_interval is not None and not self.sample_prompt:
             raise UserError("sample_prompt is empty; give it a character, or set --sample_interval=None")
+
+    def report_intervals(self) -> tuple[int | None, ...]:
+        return self.eval_interval, self.sample_interval, self.humaneval_interval
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -115,10 +119,11 @@ def train_rank(config: TrainConfig) -> dict[str, Any]:
     scores_here = config.humaneval_interval is not None and rank == 0
     try:
         if config.compile and run.step < config.max_steps:
-            compile_model(run)
-        if config.batch_size is None:
-            run.config = config = dataclasses.replace(config, batch_size=fitting_batch_size(run, world_size))
-            print(f"batch_size: {config.batch_size}")
+            compile_model(run, partial(choose_batch_size, run, world_size))
+            if rank == 0 and run.model.is_compiled:
+                save_compiled(run)
+        choose_batch_size(run, world_size)
+        config = run.config
         with QuickScore(config.humaneval_problems, config.humaneval_first) if scores_here else nullcontext() as scoring:
             figures = train_loop(run, config, loader, val_stream, metrics, scoring)
     except RuntimeError as error:
@@ -151,8 +156,9 @@ def train_loop(
     saved_at, first_step, time_left_shown = time.monotonic(), run.step, False
     reporting = run, config, loader.stream, val_stream, metrics, scoring
     figures: dict[str, Any] = {}
-    if rank == 0 and run.step and due(run, config.eval_interval) and not metrics.has_evaluation:
-        figures = report(*reporting)  # the run ended between saving this step and evaluating it
+    reported = False
+    if rank == 0 and run.step and missed_report(run, config, metrics):
+        figures, reported = report(*reporting), True
 
     with (
         Interruption(patient=world_size > 1) as interruption,
@@ -183,14 +189,13 @@ def train_loop(
                     time_left_shown = True
                     evaluations = config.eval_interval, config.eval_tokens
                     tqdm.write(time_left(config, run.step, *evaluations, event["tokens_per_s"], world_size))
-            first_report = due(run, config.eval_interval) and not figures  # it may run what has not run before
+            reporting_due = any(due(run, interval) for interval in config.report_intervals())
             late = time.monotonic() - saved_at > 60 * config.checkpoint_minutes
-            if due(run, config.checkpoint_interval) or late or first_report:
-                save_run(run, rng_state(run.device))
+            if due(run, config.checkpoint_interval) or late or (reporting_due and not reported):
+                save_run(run, rng_state(run.device))  # before the report, which may fail where nothing has yet
                 saved_at = time.monotonic()
-            figures = report(*reporting) or figures
-            if first_report and run.model.is_compiled:
-                save_compiled(run)
+            if reporting_due:
+                figures, reported = report(*reporting) or figures, True
     if rank == 0 and not figures:  # the run was complete already
         figures = {**progress(run, loader.stream), **evaluate(run, val_stream, config.eval_tokens)}
     return figures
@@ -269,6 +274,14 @@ def n_counted(targets: torch.Tensor) -> torch.Tensor:
 def due(run: Run, interval: int | None) -> bool:
     """Whether the number of steps taken is a multiple of `interval`, or the run is complete."""
     return interval is not None and (run.step % interval == 0 or run.step == run.config.max_steps)
+
+
+def missed_report(run: Run, config: TrainConfig, metrics: MetricsLog) -> bool:
+    """Whether the run ended between saving this step and writing the report that was due. A quick score that was put
+    off leaves no event; by itself it is tried again, and put off again."""
+    if due(run, config.eval_interval):
+        return "val_loss" not in metrics.of_resumed_step
+    return due(run, config.humaneval_interval) and "humaneval_pass@1" not in metrics.of_resumed_step
 
 
 def report(

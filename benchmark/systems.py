@@ -4,12 +4,14 @@
 use random ids, because their speed does not depend on the ids.
 """
 
+import dataclasses
 import importlib.util
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from data.shards import tokenizer_file, write_shard
 from data.tokenizer import END_OF_TEXT, Tokenizer
 from dataloader import Loader
 from evaluation.likelihood import evaluate_loss
+from inference.batching import Batcher, Piece, Request
 from inference.generate import generate_tokens
 from inference.optimize import optimize
 from inference.sampling import Sampling, choose_token
@@ -33,6 +36,7 @@ from training.run import RunConfig, open_dataset, start_run
 GPT2_SETTINGS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias")  # that nanoGPT has
 SAMPLING = Sampling(temperature=0.8, top_k=200, top_p=None)  # as in nanoGPT's sample.py
 QUANTIZED_BYTES = {"float16": 2, "int8": 1}  # of a weight
+SERVED_ROWS = 16  # completions that the server decodes at once
 WARM_UP = 3  # steps, batches or tokens: after the prompt and two tokens more, a GPU has recorded its graph
 
 
@@ -89,6 +93,7 @@ class Ours(System):
         self.run = start_run(config, shards)
         self.batch = self.inputs.int().to(self.device), self.targets.int().to(self.device)  # int32, as the loader's
         self.decoders: dict[int, GPT] = {}  # the last one, by its number of rows
+        self.batcher: Batcher | None = None
         if config.compile:
             compile_model(self.run)
 
@@ -132,6 +137,38 @@ class Ours(System):
         choose = partial(choose_token, sampling=SAMPLING, generator=generator)
         tokens = generate_tokens(self.decoders[rows], prompt, choose, rows)
         return sum(len(next(tokens)) for _ in range(n_tokens))
+
+    def serve(self, streams: int, n_prompt: int, n_tokens: int) -> int:
+        """Decode that many requests at once as serve.py does."""
+        prompts = self.random_ids(streams, n_prompt).tolist()
+        return self._served([(prompt, n_tokens) for prompt in prompts])
+
+    def first_token_s(self, n_prompt: int, n_known: int) -> float:
+        """Seconds to the first token of a prompt whose first `n_known` tokens the server has just seen."""
+        prompt, other = self.random_ids(2, n_prompt).tolist()
+        if n_known:
+            self._served([(prompt, 1)])
+        t0 = time.perf_counter()
+        self._served([(prompt[:n_known] + other[n_known:], 1)])
+        return time.perf_counter() - t0
+
+    def _served(self, asked: Sequence[tuple[list[int], int]]) -> int:
+        """Decode prompts, with the number of tokens to draw of each, through the server's batch."""
+        if self.batcher is None:
+            model = GPT(self.config).to(self.device, self.decode_dtype).eval()
+            if not self.on_gpu:
+                optimize(model, SERVED_ROWS, self.quantize)
+            self.batcher = Batcher(model, self.run.tokenizer, SERVED_ROWS)
+        ended: SimpleQueue[Piece] = SimpleQueue()
+        for seed, (prompt, n_tokens) in enumerate(asked):
+            sampling = dataclasses.replace(SAMPLING, max_new_tokens=n_tokens, seed=seed)
+            self.batcher.submit(Request(prompt, sampling, ended.put))
+        n_drawn = 0
+        for _ in asked:
+            while not (piece := ended.get()).finish:
+                n_drawn += piece.n_tokens
+            n_drawn += piece.n_tokens
+        return n_drawn
 
     def profile(self, steps: int, trace: str) -> list[dict[str, Any]]:
         """The ten operations (on a GPU: kernels) on which a training step itself spends most time. Writes a Chrome

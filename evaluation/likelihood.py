@@ -140,6 +140,8 @@ def _load_hugging_face(name: str, device: torch.device, dtype: torch.dtype) -> S
     def losses(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         parts = []
         for row, row_targets in zip(tokens.split(1), targets.split(1), strict=True):  # the logits of one row at a time
+            length = int((row_targets[0] != IGNORE).nonzero().max()) + 1  # without the padding
+            row, row_targets = row[:, :length], row_targets[:, :length]
             counted = row_targets != IGNORE
             with autocast(device, dtype):
                 logits = model(input_ids=row).logits[counted].float()  # (n, V)

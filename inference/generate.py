@@ -47,7 +47,7 @@ def generate(
         raise UserError("the prompt has no tokens; give at least one character, a newline will do")
     device = model.wte.weight.device
     tokens = torch.tensor([ids[-model.config.block_size :]], device=device)  # (1, T)
-    rows = [_Row(i, tokenizer, stop, {tokenizer.end_of_text, *stop_ids}) for i in range(n_samples)]
+    rows = [Row(i, tokenizer, stop, {tokenizer.end_of_text, *stop_ids}) for i in range(n_samples)]
     training = model.training
     model.eval()
     steps = generate_tokens(model, tokens, _chooser(model, tokenizer, sampling), n_samples)
@@ -134,9 +134,9 @@ def new_cache(model: GPT, batch_size: int) -> KVCache:
     dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
     static = model.compiled_decode is not None
     cache = model.idle_caches.pop(batch_size, None) if static else None
-    if cache is None:
+    if cache is None or (cache.keys[0].dtype, cache.keys[0].device) != (dtype, weight.device):
         return KVCache(model.config, batch_size, weight.device, dtype, static)
-    cache.move_to(0)
+    cache.clear()
     return cache
 
 
@@ -152,7 +152,7 @@ def window_start(n_tokens: int, block_size: int) -> int:
     return -(-max(0, n_tokens - block_size) // stride) * stride
 
 
-class _Row:
+class Row:
     """The text of one completion as its tokens arrive, cut at the first stop string."""
 
     def __init__(self, number: int, tokenizer: Tokenizer, stop: Sequence[str], stop_ids: Collection[int]):

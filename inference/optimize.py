@@ -64,25 +64,24 @@ class Float16Linear(nn.Module):
 class Int8Linear(nn.Module):
     """x weight^T + bias, with a weight (N, K) rounded to int8."""
 
+    FEW_DTYPE = torch.bfloat16  # torch's int8 product is fast for it on all CPUs; for fp32, on some a scalar loop
     MOST_ROWS = 4  # rows of x up to which torch's int8 product is faster than a dequantized one
     STRIDE = 32  # columns that it reads at once; of a width that is no multiple of this it reads past the end
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, batch_size: int):
         super().__init__()
-        # Without AVX-512 torch's int8 product is a scalar loop for fp32; for bf16 it is fast on all CPUs.
-        self.few_dtype = torch.bfloat16
         emulated = weight.dtype != torch.float32 and relative_time(weight.dtype) > 1
         self.many_dtype = torch.float32 if emulated else weight.dtype
         self.most_rows = self.MOST_ROWS if weight.size(1) % self.STRIDE == 0 else 0
         scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-7) * (1 + 2**-8)  # bf16 must not round it too small
-        self.scale = scale.to(self.few_dtype)  # (N)
+        self.scale = scale.to(self.FEW_DTYPE)  # (N)
         steps = weight.float() / self.scale.float()[:, None]
         self.weight, self.bias = steps.round().clamp(-127, 127).to(torch.int8), bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.size(-1))
         if len(rows) <= self.most_rows:
-            y = torch._weight_int8pack_mm(rows.to(self.few_dtype), self.weight, self.scale)
+            y = torch._weight_int8pack_mm(rows.to(self.FEW_DTYPE), self.weight, self.scale)
         else:
             y = F.linear(rows.to(self.many_dtype), self.weight.to(self.many_dtype)) * self.scale.to(self.many_dtype)
         y = y if self.bias is None else y + self.bias
@@ -178,7 +177,7 @@ def compile_step(model: GPT, batch_size: int) -> None:
     start = torch.zeros((batch_size, 1), dtype=torch.int64, device=model.wte.weight.device)
     try:
         with contextlib.closing(generate_tokens(model, start, lambda logits: logits.argmax(-1), batch_size)) as steps:
-            for _ in range(3):  # compiles, records a CUDA graph, runs it
+            for _ in range(4):  # reads the prompt, compiles, records a CUDA graph, runs it
                 next(steps)
     except Exception as error:  # no compiler, an unsupported platform: the compiler raises anything
         if is_out_of_memory(error):

@@ -5,6 +5,7 @@ torch is imported only where a token is drawn: programs that just read settings 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,9 +38,11 @@ class Sampling:
             raise UserError(f"--seed={self.seed}: must be 0 or more, and below 2**63")
 
 
-def choose_token(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
+def choose_token(
+    logits: torch.Tensor, sampling: Sampling, generator: torch.Generator | Sequence[torch.Generator]
+) -> torch.Tensor:
     """Returns a token id for each row of logits (B, V), (B,): the likeliest at temperature 0, else drawn after top-k
-    and then top-p."""
+    and then top-p, with one generator for all rows or one for each."""
     temperature, top_k, top_p = sampling.temperature, sampling.top_k, sampling.top_p
     if temperature < 1e-6:  # dividing by smaller ones overflows
         return logits.argmax(-1)
@@ -56,14 +59,18 @@ def choose_token(logits: torch.Tensor, sampling: Sampling, generator: torch.Gene
     return chosen if ids is None else ids.gather(-1, chosen[:, None])[:, 0]
 
 
-def draw(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def draw(probabilities: torch.Tensor, generator: torch.Generator | Sequence[torch.Generator]) -> torch.Tensor:
     """Returns a column index for each row of probabilities (B, K), which need not sum to one: where one uniform number
     falls in their running sum. (torch.multinomial draws K numbers per row.)"""
     import torch
 
     dtype = torch.float32 if probabilities.device.type == "mps" else torch.float64  # MPS has no float64
     sums = probabilities.to(dtype).cumsum(-1)
-    uniform = torch.rand(len(sums), 1, dtype=dtype, device=sums.device, generator=generator)
+    where = {"dtype": dtype, "device": sums.device}
+    if isinstance(generator, torch.Generator):
+        uniform = torch.rand(len(sums), 1, **where, generator=generator)
+    else:
+        uniform = torch.cat([torch.rand(1, 1, **where, generator=one) for one in generator])  # (B, 1)
     return torch.searchsorted(sums, uniform * sums[:, -1:], right=True).clamp_(max=sums.size(-1) - 1)[:, 0]
 
 

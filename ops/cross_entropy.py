@@ -10,6 +10,7 @@ Gimelshein, "Online normalizer calculation for softmax", 2018, for combining the
 Dimensions: N rows (tokens), C channels, V vocabulary, R rows of a chunk, K columns of a block.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -105,7 +106,8 @@ def _fp16_scale(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     The sizes of the gradients of a column of logits add up to at most the factor, those of a row to twice that. A
     scaler of the loss cannot prevent an overflow here, because it multiplies what comes out.
     """
-    largest = torch.maximum(x.abs().amax(), 2 * weight.abs().amax()).float().clamp(min=1)
+    largest_x, largest_weight = (torch.linalg.vector_norm(tensor, math.inf).float() for tensor in (x, weight))
+    largest = torch.maximum(largest_x, 2 * largest_weight).clamp(min=1)
     return 2.0 ** (torch.finfo(torch.float16).max / 2 / largest).log2().floor()
 
 
@@ -129,7 +131,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, kernels, sizes, wanted):
         n_rows, n_columns = sizes
         blocks = weight.to(x.dtype).split(n_columns)  # (K, C) each
-        boost = _fp16_scale(x, weight) if x.dtype == torch.float16 else 1.0
+        boost = _fp16_scale(x, weight) if wanted and x.dtype == torch.float16 else 1.0
         counted = targets != IGNORE
         scale = counted.float() * (boost / counted.sum().clamp(min=1))  # (N,)
         losses = torch.zeros(len(x), device=x.device)

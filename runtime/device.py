@@ -161,7 +161,8 @@ def keep_freed_memory() -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory ran out: torch's allocator, or cuBLAS, Triton or the compiler on its behalf."""
-    signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "OutOfMemoryError", "can't allocate memory")
+    signs = ("OutOfMemoryError", "[CUDA]: out of memory", "CUDA error: out of memory", "CUDA out of memory")
+    signs += ("_STATUS_ALLOC_FAILED", "DefaultCPUAllocator", "MPS backend out of memory")
     text = str(error) if isinstance(error, RuntimeError) else ""
     return isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in signs)
 
@@ -190,7 +191,9 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
+    return next(
+        (peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b(?!.*(Ti|Laptop|Max-Q))", name)), None
+    )
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

@@ -82,3 +82,19 @@ def like(number: int, jaccard: float) -> str:
         return -len(a & b) / len(a | b)
 
     return mixed(bisect.bisect_left(range(len(mine)), -jaccard, lo=2, key=unlikeness))
+
+
+class FakeScore:
+    """Stands in for evaluation.during_training.QuickScore: always has a score."""
+
+    def __init__(self, *settings: object):
+        pass
+
+    def __enter__(self) -> "FakeScore":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def score(self, *model: object) -> dict[str, float]:
+        return {"humaneval_pass@1": 0.0, "humaneval_compiles": 0.5, "humaneval_problems": 10}

@@ -19,7 +19,7 @@ BELOW = {
     "dataloader": {"data", "runtime"},
     "weights": {"model", "data", "runtime"},
     "inference": {"weights", "model", "data", "runtime"},
-    "training": {"weights", "model", "dataloader", "data", "runtime"},
+    "training": {"inference", "weights", "model", "dataloader", "data", "runtime"},
     "evaluation": {"inference", "weights", "model", "dataloader", "data", "sandbox", "runtime"},
     "benchmark": {"training", "evaluation", "inference", "model", "dataloader", "data", "runtime"},
 }

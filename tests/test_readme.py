@@ -15,7 +15,10 @@ import pytest
 from small_corpus import python_documents, write_json_gz
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", *(f"docs/{name}.md" for name in ["data", "training", "evaluation", "speed", "configuration"]))
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ["data", "training", "evaluation", "speed", "editors", "configuration"]),
+)
 
 
 def commands_of(pages: tuple[str, ...]) -> list[str]:
@@ -31,6 +34,8 @@ NOT_HERE = {
     "python -m benchmark.data_stage ": "takes minutes, and cl100k_base from the network",
     "python train.py configs/70m.py --out_dir=/content/drive/": "writes to Colab's Drive",
     "python bench.py configs/70m.py --peer=": "needs a checkout of nanoGPT",
+    "python serve.py ": "runs until it is interrupted; tests/test_serve.py starts it",
+    "curl ": "needs a server; tests/inference/test_notebook.py runs it beside one",
     "bash runs/ablate.sh": "takes hours, and packages from the network",
     "bash runs/gpu_recipe.sh": "needs a GPU",
     "bash runs/gpu_report.sh": "needs a GPU",

@@ -16,7 +16,7 @@ from dataloader import Loader
 from model import IGNORE
 from runtime.config import load_config
 from train import TrainConfig, train, train_step
-from training.metrics import time_left
+from training.metrics import start_metrics, time_left
 from training.recipe import learning_rate, make_optimizers
 from training.run import open_dataset, start_run
 from weights.checkpoint import read
@@ -78,13 +78,32 @@ def test_a_run_whose_evaluation_fails_is_saved_and_makes_up_for_it(run_config, t
     assert best[0]["best_val_loss"] == best[1]["best_val_loss"] and best[0]["step"] == best[1]["step"]
 
 
-def test_a_run_that_was_killed_between_saving_and_its_best_weights_remembers_the_best(run_config, tmp_path):
-    """last.pt is saved before the evaluation, so only best.pt may know how good that one was."""
+def test_a_continued_run_remembers_an_evaluation_that_came_after_its_checkpoint(run_config, tmp_path):
     train(dataclasses.replace(run_config, max_steps=4, eval_interval=4))
     best = read(tmp_path / "run" / "best.pt")
     assert math.isinf(read(tmp_path / "run" / "last.pt")["best_val_loss"]) and best["step"] == 4
     run = start_run(run_config, open_dataset(run_config))
+    start_metrics(run, {}, None)
     assert run.best_val_loss == best["best_val_loss"]
+
+
+@pytest.mark.parametrize("failing", ["train.generate", "small_corpus.FakeScore.score"])
+def test_nothing_of_a_report_is_lost_or_repeated_when_it_fails(failing, run_config, tmp_path, monkeypatch):
+    """A sample, or a quick score, that comes before the first evaluation and fails."""
+    from small_corpus import FakeScore
+
+    monkeypatch.setattr("train.QuickScore", FakeScore)
+    intervals = {"eval_interval": 6, "sample_interval": 3, "humaneval_interval": 3, "checkpoint_interval": 1000}
+    config = dataclasses.replace(run_config, **intervals)
+    train(dataclasses.replace(config, out_dir=str(tmp_path / "whole")))
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(failing, lambda *arguments: 1 / 0)
+        train(config)
+    assert read(tmp_path / "run" / "last.pt")["step"] == 3
+    train(config)
+    whole, cut = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "run"))
+    scored = [[json.loads(line)["step"] for line in lines if "humaneval" in line] for lines in (whole, cut)]
+    assert scored[0] == scored[1] == [3, 6, 9, 12] and losses(tmp_path / "whole") == losses(tmp_path / "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

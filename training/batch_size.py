@@ -1,5 +1,7 @@
 """The micro-batch: how many sequences go through the model at once. It affects speed and memory, not the results."""
 
+import dataclasses
+
 import torch
 
 from runtime.device import is_out_of_memory
@@ -36,14 +38,18 @@ def divides_steps(recipe: Recipe, batch_size: int, world_size: int) -> bool:
     return True
 
 
-def fitting_batch_size(run: Run, world_size: int) -> int:
-    """The largest micro-batch that divides this process's share of every step, has at most MOST_TOKENS, and on a GPU
-    fits in memory, as estimated from two trial micro-steps."""
+def choose_batch_size(run: Run, world_size: int) -> None:
+    """If the run's batch_size is None, set and print the largest micro-batch that divides this process's share of every
+    step, has at most MOST_TOKENS, and on a GPU fits in memory, as estimated from two trial micro-steps."""
+    if run.config.batch_size is not None:
+        return
     most = max(1, MOST_TOKENS.get(run.device.type, MOST_TOKENS["cpu"]) // run.config.block_size)
     if run.device.type == "cuda":
         most = min(most, _fitting_in_memory(run))
     share = run.config.step_sizes()[-1] // world_size
-    return max(n for n in range(1, min(share, most) + 1) if divides_steps(run.config, n, world_size))
+    found = max(n for n in range(1, min(share, most) + 1) if divides_steps(run.config, n, world_size))
+    run.config = dataclasses.replace(run.config, batch_size=found)
+    print(f"batch_size: {found}")
 
 
 def smaller_divisor(n: int) -> int:

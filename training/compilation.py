@@ -1,8 +1,9 @@
 """Compiling a run's model: tried on everything that the run will do, and kept in one file for when it continues.
 
-The compiled code goes to `compiled.bin` in the run's folder, 2 MB of a small model on a CPU, 14 MB of the 70M on a GPU.
-A run that continues on a new machine of the same kind loads it instead of compiling again. It is code that will be
-executed: it is read only from the run's own folder, and only if the file belongs to the user.
+What the compiler made goes to `compiled.bin` in the run's folder, 14 MB of the 70M on a GPU. A run that continues on a
+new machine of the same kind loads it, and need not compile again; on a CPU the C++ compiler still has to run, and half
+of the time is saved. It is code that will be executed: it is read only from the run's own folder, and only if the file
+belongs to the user.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +25,22 @@ from runtime.files import atomic_write
 from training.run import Run
 
 
-def compile_model(run: Run) -> None:
+def compile_model(run: Run, choose_batch_size: Callable[[], None] = lambda: None) -> None:
     """Compile the model in place, and try it on one micro-batch, one evaluation batch and a sample; if that fails, warn
-    and leave the model as it was."""
+    and leave the model as it was. `choose_batch_size` is called first, with the model compiled; it may run micro-steps.
+    """
     load_compiled(run)
     run.model.compile_training()
     try:
-        try_micro_step(run, run.config.batch_size or 1)
-        try_reports(run, run.config.batch_size or 1)
+        choose_batch_size()
+        try_micro_step(run, run.config.batch_size)
+        try_reports(run, run.config.batch_size)
     except Exception as error:  # no C++ compiler, an unsupported platform: any exception is possible
         run.model.zero_grad(set_to_none=True)
-        if is_out_of_memory(error):  # the first step runs out too, and halves batch_size
+        if is_out_of_memory(error):  # compiling is not at fault; a step that runs out halves batch_size
             return
         run.model.compile_training(False)
-        reason = str(error).strip().split("\n")[0]
-        print(f"warning: torch.compile failed ({reason}); continuing without it, slower", file=sys.stderr)
+        print(f"warning: torch.compile failed ({_first_line(error)}); continuing without it, slower", file=sys.stderr)
 
 
 def try_micro_step(run: Run, batch_size: int) -> None:
@@ -53,9 +56,11 @@ def try_reports(run: Run, batch_size: int) -> None:
     """Run what a report runs: an evaluation of `batch_size` sequences, and a sample."""
     tokens = torch.zeros((batch_size, run.config.block_size), dtype=torch.int32, device=run.device)
     run.model.eval()
-    with autocast(run.device, run.dtype):
-        run.model(tokens, tokens.clone())
-    run.model.train()
+    try:
+        with autocast(run.device, run.dtype):
+            run.model(tokens, tokens.clone())
+    finally:
+        run.model.train()
     generate(run.model, run.tokenizer, "\n", Sampling(max_new_tokens=2))
 
 
@@ -64,10 +69,11 @@ def save_compiled(run: Run) -> None:
     try:
         made = torch.compiler.save_cache_artifacts()
         if made is not None:
+            head = {**made_on(run.device), "sha256": hashlib.sha256(made[0]).hexdigest()}
             with atomic_write(_file(run), "wb") as file:
-                file.write(json.dumps(made_on(run.device)).encode() + b"\n" + made[0])
+                file.write(json.dumps(head).encode() + b"\n" + made[0])
     except Exception as error:  # a full disk, a cache that this torch cannot save
-        print(f"warning: {_file(run)}: not saved ({str(error).splitlines()[0]})", file=sys.stderr)
+        print(f"warning: {_file(run)}: not saved ({_first_line(error)})", file=sys.stderr)
 
 
 def load_compiled(run: Run) -> bool:
@@ -75,13 +81,22 @@ def load_compiled(run: Run) -> bool:
     it did."""
     path = _file(run)
     try:
-        if not path.is_file() or (hasattr(os, "getuid") and path.stat().st_uid != os.getuid()):
+        if not path.is_file():
             return False
-        head, _, artifacts = path.read_bytes().partition(b"\n")
-        return json.loads(head) == made_on(run.device) and torch.compiler.load_cache_artifacts(artifacts) is not None
+        with open(path, "rb") as file:
+            if hasattr(os, "getuid") and os.fstat(file.fileno()).st_uid != os.getuid():
+                return False
+            head, artifacts = json.loads(file.readline()), file.read()
+        if head.pop("sha256") != hashlib.sha256(artifacts).hexdigest():
+            raise ValueError("damaged")
+        return head == made_on(run.device) and torch.compiler.load_cache_artifacts(artifacts) is not None
     except Exception as error:  # cut short, or by another version
-        print(f"warning: {path}: not used ({str(error).splitlines()[0]}); compiling again", file=sys.stderr)
+        print(f"warning: {path}: not used ({_first_line(error)}); compiling again", file=sys.stderr)
         return False
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _file(run: Run) -> Path:

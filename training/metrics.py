@@ -26,7 +26,9 @@ class MetricsLog:
         self.path, self.wandb_run = path, wandb_run
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         kept = [line for line in lines if _step(line) <= resume_step]
-        self.has_evaluation = any(_step(line) == resume_step and '"val_loss"' in line for line in kept)  # of that step
+        events = [json.loads(line) for line in kept]
+        self.of_resumed_step = {key for event in events if event["step"] == resume_step for key in event}
+        self.lowest_val_loss = min((event.get("val_loss") or math.inf for event in events), default=math.inf)
         with atomic_write(path) as file:
             file.writelines(line + "\n" for line in kept)
 
@@ -53,7 +55,9 @@ def start_metrics(run: Run, settings: dict[str, Any], wandb_project: str | None)
     wandb_run = None if wandb_project is None else start_wandb(wandb_project, run.wandb_id, settings)
     if wandb_run is not None:
         run.wandb_id = wandb_run.id
-    return MetricsLog(out_dir / "metrics.jsonl", run.step, wandb_run)
+    log = MetricsLog(out_dir / "metrics.jsonl", run.step, wandb_run)
+    run.best_val_loss = min(run.best_val_loss, log.lowest_val_loss)  # of an evaluation just after saving
+    return log
 
 
 def start_wandb(project: str, run_id: str | None, config: dict[str, Any]) -> Any:

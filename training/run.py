@@ -4,7 +4,6 @@
 (only the weights, at the lowest validation loss). weights/checkpoint.py writes and reads them.
 """
 
-import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from runtime.device import keep_freed_memory, resolve_device, resolve_dtype, set
 from runtime.errors import UserError
 from training.distributed import own_device
 from training.recipe import Recipe, make_optimizers
-from weights.checkpoint import build_model, open_run, read, read_newest, save
+from weights.checkpoint import build_model, open_run, read_newest, save
 
 
 @dataclass(frozen=True)
@@ -204,10 +203,6 @@ def restore_run(run: Run, payload: dict[str, Any]) -> None:
     if payload["scaler"]:  # empty if it was saved by a run in another dtype
         run.scaler.load_state_dict(payload["scaler"])
     run.step, run.best_val_loss, run.wandb_id = (payload[key] for key in ("step", "best_val_loss", "wandb_id"))
-    with contextlib.suppress(UserError):  # there is none, or it is damaged
-        best = read(Path(run.config.out_dir) / "best.pt", mmap=True, verify=False)
-        if best["step"] <= run.step:  # of an evaluation just after saving
-            run.best_val_loss = best["best_val_loss"]
     set_rng_state(payload["rng"], run.device)
 
 

@@ -142,13 +142,26 @@ def test_steps_on_a_static_cache_are_compiled_once(modern, n_samples, model, mon
     (cache,) = [cache for rows, cache in model.idle_caches.items() if rows == n_samples]
     second = greedy(model, n_tokens=50, n_samples=n_samples)
     assert model.idle_caches[n_samples] is cache, "another cache would record CUDA graphs anew"
-    next(
-        generate_tokens(model, torch.arange(n_samples)[:, None], lambda logits: logits.argmax(-1))
-    )  # prompts of a token
+    for one_token in torch.arange(n_samples)[:, None], torch.tensor([[5]]):
+        steps = generate_tokens(model, one_token, lambda logits: logits.argmax(-1), n_samples)
+        assert [len(next(steps)) for _ in range(2)] == [n_samples] * 2
     monkeypatch.undo()
     model.idle_caches.clear()
     assert torch.equal(first, greedy(model, n_samples=n_samples)) and torch.equal(second, first[:, :50])
     assert len(compiled) == 1
+
+
+def test_an_infinity_in_a_text_does_not_spoil_the_next_one(model, monkeypatch):
+    """The cache of a compiled step is used again, and what is masked counts 0 times what it is."""
+    model = copy.deepcopy(model)
+    monkeypatch.setattr(model, "compiled_decode", model._decode)
+    model.head = torch.nn.Linear(64, 640, bias=False).requires_grad_(False)
+    good = greedy(model, n_tokens=20)
+    model.wte.weight.data[639] = torch.inf
+    spoilt = generate_tokens(model, torch.full((1, 40), 639), lambda logits: logits.argmax(-1))
+    assert len(next(spoilt)) == 1
+    spoilt.close()
+    assert torch.equal(greedy(model, n_tokens=20), good)
 
 
 def test_a_compiled_step_makes_nothing_that_grows_with_the_cache():
@@ -159,6 +172,7 @@ def test_a_compiled_step_makes_nothing_that_grows_with_the_cache():
         model.compile_decoding()
         cache = KVCache(model.config, 3, torch.device("cpu"), torch.float32, static=True)
         with torch.inference_mode(), torch._inductor.config.patch(force_disable_caches=True):
+            model.decode(torch.zeros((3, 2), dtype=torch.int64), cache)  # a prompt
             _, (code,) = run_and_get_code(model.decode, torch.zeros((3, 1), dtype=torch.int64), cache)
         shapes = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", code)
         sizes.append([math.prod(int(n) for n in shape.split(",") if n.strip()) for shape in shapes])

@@ -61,6 +61,12 @@ def test_compiled_code_is_read_only_if_it_is_the_users_and_of_this_machine(run, 
     path = Path(run.config.out_dir) / "compiled.bin"
     path.write_bytes(path.read_bytes()[:10])
     assert not load_compiled(run) and "compiled.bin: not used" in capsys.readouterr().err
+    save_compiled(run)
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    assert not load_compiled(run) and "compiled.bin: not used (damaged)" in capsys.readouterr().err
+    save_compiled(run)
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", lambda data: [][0])
+    assert not load_compiled(run) and len(loaded) == 1
 
 
 @pytest.mark.parametrize(
@@ -71,6 +77,7 @@ def test_compiled_code_is_read_only_if_it_is_the_users_and_of_this_machine(run, 
         (RuntimeError("Triton Error [CUDA]: out of memory"), True),
         (RuntimeError("backend='inductor' raised:\nOutOfMemoryError: CUDA out of memory"), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (RuntimeError("C++ compile error: cc1plus: out of memory allocating 65536 bytes"), False),
         (RuntimeError("no C++ compiler"), False),
         (ValueError("out of memory"), False),
     ],
@@ -95,7 +102,7 @@ def test_what_a_report_runs_is_tried_before_training(run, monkeypatch, capsys):
 
     def no_evaluation(function, **options):
         def run_or_fail(*args):
-            if not torch.is_grad_enabled():
+            if not run.model.training:
                 raise RuntimeError("not in evaluation")
             return function(*args)
 
@@ -114,7 +121,7 @@ def test_a_cublas_that_finds_no_memory_halves_the_micro_batch(run_config, monkey
     whole, rows = cross_entropy._scan, run_config.batch_size * run_config.block_size
 
     def short_of_memory(xs, *others):
-        if len(xs) == rows and torch.is_grad_enabled() is False and others[-1]:  # in training, at the full size
+        if len(xs) == rows:
             raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
         return whole(xs, *others)
 
