@@ -383,13 +383,13 @@ class Batcher:
 
     def _leave(self, row: _BatchRow, text: str = "") -> None:
         """Take a row out of the batch, and keep what it held for prompts that begin like it."""
+        self._send(row, text)  # before the copying, which takes milliseconds
         i = self.rows.index(row)
         if row.number == 0:
             self.prefixes.put(row.ids, self.cache.of_row(i))
         self.cache.remove(i)
         self.rows[i] = self.rows[-1]
         self.rows.pop()
-        self._send(row, text)
 
     def _send(self, row: _BatchRow, text: str) -> None:
         piece = Piece(row.number, text, row.n_drawn, row.drawn, row.finish)

@@ -76,7 +76,7 @@ def test_greedy_completions_are_those_of_the_decoder_whatever_else_is_in_the_bat
                 for choice in range(2):
                     assert answers.text(i, choice) == completion.text
                     assert answers.pieces[i, choice][-1].finish == completion.finish
-        assert batcher.n_known > 0 and not batcher.rows and not batcher.cache.lengths
+    assert batcher.n_known > 0 and not batcher.rows and not batcher.cache.lengths
 
 
 def test_a_seed_repeats_its_text_and_choices_differ(model, tokenizer):
