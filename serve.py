@@ -59,6 +59,12 @@ class ServeConfig:
                 raise UserError(f"--{name}={getattr(self, name)}: must be at least 1")
         if self.prefix_cache_mb < 0:
             raise UserError(f"--prefix_cache_mb={self.prefix_cache_mb}: must be 0 or more")
+        if self.others_can_use and self.allow_code_execution and self.api_key is None:
+            raise UserError(f"--host={self.host} --allow_code_execution: other machines could run code; set --api_key")
+
+    @property
+    def others_can_use(self) -> bool:
+        return self.host not in ("127.0.0.1", "::1", "localhost")
 
 
 def serve(config: ServeConfig) -> None:
@@ -74,7 +80,7 @@ def serve(config: ServeConfig) -> None:
     out_dir = config.out_dir or latest_run()
     model, tokenizer, payload = load(out_dir, device, config.checkpoint)
     model.to(DTYPES[config.dtype])
-    if device.type == "cpu":  # on a GPU a compiled step would be for one number of rows
+    if device.type == "cpu" or config.quantize is not None:  # on a GPU a compiled step would be for one number of rows
         optimize(model, 1 if config.quantize else config.max_rows, config.quantize)
     limits = {"max_rows": config.max_rows, "max_waiting": config.max_waiting}
     with Batcher(model, tokenizer, **limits, cache_bytes=config.prefix_cache_mb * 10**6) as batcher:
@@ -95,13 +101,13 @@ def serve(config: ServeConfig) -> None:
             socket = server.config.bind_socket()
             socket.listen(server.config.backlog)  # before the address is printed
         except SystemExit:  # it has logged why
-            raise UserError(f"--port={config.port}: cannot listen on {config.host}; choose another") from None
+            raise UserError(f"--host={config.host} --port={config.port}: cannot listen there; choose others") from None
         host = f"[{config.host}]" if ":" in config.host else config.host
         print(f"{out_dir}, step {payload['step']}, {model.n_parameters():,} parameters, as {name}", file=sys.stderr)
         print(f"http://{host}:{socket.getsockname()[1]}", flush=True)
         gc.collect()
         gc.freeze()  # a full collection would take 0.1 s, because torch's modules are many objects
-        if config.host not in ("127.0.0.1", "::1", "localhost") and config.api_key is None:
+        if config.others_can_use and config.api_key is None:
             print("warning: other machines can use this server; set --api_key", file=sys.stderr)
         server.run(sockets=[socket])
 

@@ -157,7 +157,7 @@ class Ours(System):
         if self.batcher is None:
             model = GPT(self.config).to(self.device, self.decode_dtype).eval()
             if not self.on_gpu:
-                optimize(model, SERVED_ROWS, self.quantize)
+                optimize(model, 1 if self.quantize else SERVED_ROWS, self.quantize)  # as serve.py does
             self.batcher = Batcher(model, self.run.tokenizer, SERVED_ROWS)
         ended: SimpleQueue[Piece] = SimpleQueue()
         for seed, (prompt, n_tokens) in enumerate(asked):

@@ -5,7 +5,6 @@ keys and values are then copied into the batch; of a prompt that begins like a r
 thread does all of this. Requests come from other threads, and what became certain goes back through callbacks.
 """
 
-import itertools
 import math
 import random
 import threading
@@ -40,6 +39,7 @@ class Piece(NamedTuple):
     text: str
     n_tokens: int  # drawn since the last piece
     tokens: list[Token]  # those of them that are text, if the request asked for tokens
+    logprob: float  # the sum of those of all tokens drawn since the last piece, if the request asked for tokens
     finish: str  # what ended it: "stop", "length", "cancelled" or "error"; "" while it goes on
 
 
@@ -108,6 +108,8 @@ class BatchCache:
         self._rows_changed()
 
     def clear(self) -> None:
+        for mine in (*self.keys, *self.values) if self.lengths else ():
+            mine[: len(self.lengths), :, : self.length + 1].zero_()
         self.lengths = []
         self._rows_changed()
 
@@ -157,6 +159,8 @@ class PrefixCache:
     def put(self, ids: Sequence[int], held: torch.Tensor) -> None:
         """Keep `held`, the keys and values of a text's first tokens, in place of any beginning of the text."""
         key = np.array(ids[: held.size(2)], dtype=np.int32).tobytes()
+        if held.nbytes > self.max_bytes or any(longer.startswith(key) for longer in self.texts):
+            return
         for older in [older for older in self.texts if key.startswith(older)]:
             self.n_bytes -= self.texts.pop(older).nbytes
         self.texts[key] = held
@@ -192,7 +196,7 @@ class _BatchRow(Row):
         seed = request.sampling.seed  # the first completion draws as sample.py does
         seed = random.Random(f"{seed} {number}").getrandbits(63) if number else seed
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.n_drawn, self.drawn = 0, []  # since the last piece
+        self.n_drawn, self.drawn, self.logprob = 0, [], 0.0  # since the last piece
         self.began_at = time.monotonic()
 
     def push(self, token: int, last: bool) -> str:
@@ -245,7 +249,8 @@ class Batcher:
         self.rows: list[_BatchRow] = []
         self.cache = BatchCache(model.config, max_rows, self.device, self.dtype)
         self.waiting: deque[Request] = deque()
-        self.joining: tuple[Request, Iterator[int], KVCache, torch.Tensor] | None = None  # a request that is read
+        # Requests that were read and have rows yet to join: the rows' numbers, the prompt's cache, what follows it.
+        self.joining: deque[tuple[Request, Iterator[int], KVCache, torch.Tensor]] = deque()
         self.wake = threading.Condition()
         self.closing = False
         self.n_drawn = self.n_read = self.n_known = 0  # tokens drawn, of prompts read, and of prompts known already
@@ -284,14 +289,14 @@ class Batcher:
                     if self.rows:
                         self._step()
                 except Exception:
-                    failed = {row.request for row in self.rows} | ({self.joining[0]} if self.joining else set())
-                    self.rows, self.joining = [], None
+                    failed = {row.request for row in self.rows} | {request for request, *_ in self.joining}
+                    self.rows = []
+                    self.joining.clear()
                     self.cache.clear()
                     self._fail(failed)
 
     def _drop_cancelled(self) -> None:
-        if self.joining is not None and self.joining[0].cancelled:
-            self.joining = None
+        self.joining = deque(joining for joining in self.joining if not joining[0].cancelled)
         for row in [row for row in self.rows if row.request.cancelled]:
             row.finish = "cancelled"
             self._leave(row)
@@ -302,30 +307,32 @@ class Batcher:
         for request in requests:
             request.cancelled = True
             for number in range(request.n):
-                request.on_piece(Piece(number, "", 0, [], "error"))
+                request.on_piece(Piece(number, "", 0, [], 0.0, "error"))
 
     def _admit(self) -> None:
-        """Fill free rows. At most one prompt is read, so that the rows do not wait for long."""
+        """Fill free rows, with a row of each request in turn. At most one prompt is read, so that none waits long."""
         if len(self.rows) == self.max_rows:
             return
-        if self.joining is None:
+        if len(self.joining) < self.max_rows:
             with self.wake:
                 request = self.waiting.popleft() if self.waiting else None
-            if request is None or request.cancelled:
-                return
-            try:
-                self.joining = request, iter(range(request.n)), *self._read(request)
-            except Exception:
-                return self._fail([request])
-        request, numbers, cache, logits = self.joining
-        joined = []
-        for number in itertools.islice(numbers, self.max_rows - len(self.rows)):
-            joined.append(_BatchRow(number, request, self.tokenizer, self.device))
-            self.rows.append(joined[-1])
+            if request is not None and not request.cancelled:
+                try:
+                    self.joining.append((request, iter(range(request.n)), *self._read(request)))
+                except Exception:
+                    self._fail([request])
+        joined, logits = [], []
+        while self.joining and len(self.rows) < self.max_rows:
+            request, numbers, cache, following = entry = self.joining.popleft()
+            row = _BatchRow(next(numbers), request, self.tokenizer, self.device)
+            if row.number < request.n - 1:
+                self.joining.append(entry)
+            self.rows.append(row)
             self.cache.add(cache)
-        if number == request.n - 1:
-            self.joining = None
-        self._extend(joined, logits.expand(len(joined), -1))
+            joined.append(row)
+            logits.append(following)
+        if joined:
+            self._extend(joined, torch.cat(logits))
 
     def _read(self, request: Request) -> tuple[KVCache, torch.Tensor]:
         """A cache of the request's prompt, and the logits (1, V) that follow it."""
@@ -340,9 +347,8 @@ class Batcher:
         return cache, self.model.decode(rest, cache).index_fill(-1, self.banned, -torch.inf)
 
     def _prompt_tokens(self, request: Request) -> list[Token]:
-        logits = self.model(torch.tensor([request.ids], device=self.device))[0].float()  # (T, V)
-        before = logits[:-1].index_fill(-1, self.banned, -torch.inf).log_softmax(-1)
-        scored = [_scored(row, token, request.n_top) for row, token in zip(before, request.ids[1:], strict=True)]
+        logits = self.model(torch.tensor([request.ids], device=self.device))[0, :-1]  # (T - 1, V)
+        scored = _scored(logits.index_fill(-1, self.banned, -torch.inf), request.ids[1:], request.n_top)
         return [Token(request.ids[0], math.nan, []), *scored]
 
     def _step(self) -> None:
@@ -353,13 +359,18 @@ class Batcher:
 
     def _extend(self, rows: list[_BatchRow], logits: torch.Tensor) -> None:
         """Draw the next token of each of these rows from logits (B, V), and send what became certain."""
+        broken = logits.isnan().any(-1).tolist()  # an overflow in 16 bits, say
         alike: dict[tuple[Any, ...], list[int]] = {}  # indices of rows that are drawn in one go
         for i, row in enumerate(rows):
+            if broken[i]:
+                row.finish = "error"
+                self._leave(row)
+                continue
             sampling = row.request.sampling
             alike.setdefault((sampling.temperature, sampling.top_k, sampling.top_p), []).append(i)
         for indices in alike.values():
             some = [rows[i] for i in indices]
-            of_some = logits if len(some) == len(rows) else logits[indices]
+            of_some = logits if len(some) == len(rows) else logits[indices]  # (B, V)
             chosen = choose_token(of_some, some[0].request.sampling, [row.generator for row in some]).tolist()
             for row, token, row_logits in zip(some, chosen, of_some, strict=True):
                 self._push(row, token, row_logits)
@@ -367,8 +378,10 @@ class Batcher:
     def _push(self, row: _BatchRow, token: int, logits: torch.Tensor) -> None:
         """Add a token, which was drawn from logits (V,), to a row."""
         request = row.request
-        if request.n_top is not None and token not in row.stop_ids:
-            row.drawn.append(_scored(logits.float().log_softmax(-1), token, request.n_top))
+        if request.n_top is not None:
+            (scored,) = _scored(logits[None], [token], request.n_top)
+            row.logprob += scored.logprob
+            row.drawn += [scored] if token not in row.stop_ids else []
         row.ids.append(token)
         row.n_drawn += 1
         self.n_drawn += 1
@@ -385,19 +398,24 @@ class Batcher:
         """Take a row out of the batch, and keep what it held for prompts that begin like it."""
         self._send(row, text)  # before the copying, which takes milliseconds
         i = self.rows.index(row)
-        if row.number == 0:
+        if row.number == 0 and row.finish != "error":
             self.prefixes.put(row.ids, self.cache.of_row(i))
         self.cache.remove(i)
         self.rows[i] = self.rows[-1]
         self.rows.pop()
 
     def _send(self, row: _BatchRow, text: str) -> None:
-        piece = Piece(row.number, text, row.n_drawn, row.drawn, row.finish)
-        row.n_drawn, row.drawn = 0, []
+        piece = Piece(row.number, text, row.n_drawn, row.drawn, row.logprob, row.finish)
+        row.n_drawn, row.drawn, row.logprob = 0, [], 0.0
         row.request.on_piece(piece)
 
 
-def _scored(logprobs: torch.Tensor, token: int, n_top: int) -> Token:
-    """A token drawn from logprobs (V,), with the `n_top` likeliest."""
-    values, ids = logprobs.topk(n_top)
-    return Token(token, float(logprobs[token]), list(zip(ids.tolist(), values.tolist(), strict=True)))
+def _scored(logits: torch.Tensor, tokens: Sequence[int], n_top: int) -> list[Token]:
+    """Tokens, each drawn from a row of logits (T, V), with the `n_top` likeliest."""
+    logprobs = logits.float().log_softmax(-1)
+    of_tokens = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    values, ids = (top.tolist() for top in logprobs.topk(n_top))  # (T, n_top) each
+    return [
+        Token(*drawn[:2], list(zip(*drawn[2:], strict=True)))
+        for drawn in zip(tokens, of_tokens, ids, values, strict=True)
+    ]

@@ -30,7 +30,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from data.sequences import FILENAME, FIM_MIDDLE, FIM_PAD, FIM_PREFIX, FIM_SUFFIX
-from data.tokenizer import END_OF_TEXT, Special, Tokenizer
+from data.tokenizer import END_OF_TEXT, Special, StreamDecoder, Tokenizer
 from inference import batching
 from inference.batching import Batcher, Piece, QueueFull, Token
 from inference.sampling import Sampling
@@ -70,7 +70,7 @@ def answer(value: Any, status: int = 200, headers: dict[str, str] | None = None)
 
 
 def as_json(value: Any) -> str:
-    """JSON without spaces: llama.vim drops a reply in which one follows a colon. A probability of 0 becomes null."""
+    """JSON without spaces: llama.vim drops a reply in which one follows a colon."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
@@ -136,6 +136,7 @@ class Service:
     verify: Callable[[list[str], str, bool], list[Any]] | None = None  # programs, a text, whether its doctests count
     runner: Executor = field(default_factory=lambda: ThreadPoolExecutor(1))  # runs `verify`, for one request at a time
     listeners: set[asyncio.Queue] = field(default_factory=set)  # get what is decoded; None at the server's end
+    stopping: bool = False
     counts: Counter = field(default_factory=Counter)  # for /metrics
     began: int = field(default_factory=lambda: int(time.time()))
 
@@ -152,7 +153,8 @@ class Service:
         return all(name in self.tokenizer.specials for name in (FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE))
 
     def stop(self) -> None:
-        """End all requests that are being decoded or wait for it."""
+        """End all requests that are being decoded or wait for it, and refuse others."""
+        self.stopping = True
         for arrived in self.listeners:
             arrived.put_nowait((0, None))
 
@@ -162,7 +164,13 @@ class Service:
     # Prompts. Only the end of what stands before the cursor and the beginning of what stands behind it are encoded.
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text[-40 * self.context :])
+        return self.tokenizer.encode(text[self.cut(len(text), 40 * self.context) :])
+
+    def cut(self, n: int, most: int) -> int:
+        """How many of the first of `n` things to leave out so that at most `most` stay: none, or else a multiple of an
+        eighth of them. While one types, the beginning of a long prompt then stays what it was, and is known."""
+        step = max(1, most // 8)
+        return -(-max(0, n - most) // step) * step
 
     def plain_ids(self, prompt: str, room: int) -> list[int]:
         """A prompt's last tokens, so that `room` more fit in the context. The names of fill-in-the-middle's tokens
@@ -176,7 +184,7 @@ class Service:
             ids = self.tokenizer.encode_pieces([Special(END_OF_TEXT), *pieces])
         else:
             ids = self.encode(prompt) or [self.tokenizer.end_of_text]
-        return ids[-(self.context - room) :]
+        return ids[self.cut(len(ids), self.context - room) :]
 
     def middle_ids(self, before: str, behind: str, room: int, others: Sequence[tuple[str, str]] = ()) -> list[int]:
         """A prompt to fill in between two texts. Three quarters of the context are for what stands before; other files,
@@ -197,10 +205,13 @@ class Service:
         most -= n_prefix + len(suffix)
         context: list[int] = []
         for name, text in others:
+            if most - len(context) < 16:  # too few tokens to say anything
+                break
             named = [Special(FILENAME), name[:MAX_ENTRY].replace("\n", " "), "\n"] if FILENAME in special else []
             ids = [self.tokenizer.end_of_text, *self.tokenizer.encode_pieces([*named, text[: 40 * self.context]])]
-            context += ids if len(context) + len(ids) <= most else []
-        first = [*context, self.tokenizer.end_of_text, special[FIM_PREFIX], *prefix[len(prefix) - n_prefix :]]
+            context += ids[: most - len(context)]
+        prefix = prefix[self.cut(len(prefix), n_prefix) :]
+        first = [*context, self.tokenizer.end_of_text, special[FIM_PREFIX], *prefix]
         return [*first, special[FIM_SUFFIX], *suffix, special[FIM_MIDDLE]]
 
     def sampling(self, fields: Fields, max_tokens: int, seed: str = "seed", **defaults: Any) -> Sampling:
@@ -230,6 +241,8 @@ class Service:
 
         self.listeners.add(arrived)
         try:
+            if self.stopping:
+                raise ApiError(503, "the server stops")
             for number, request in enumerate(requests):
                 request.on_piece = request.on_prompt = functools.partial(hand_over, number)
                 self.batcher.submit(request)
@@ -242,7 +255,7 @@ class Service:
                     raise ApiError(503, "decoding failed; try again with a shorter prompt or fewer completions")
                 unfinished -= isinstance(piece, Piece) and bool(piece.finish)
                 if empty and isinstance(piece, Piece):
-                    piece = Piece(piece.number, "", 0, [], "length")
+                    piece = Piece(piece.number, "", 0, [], 0.0, "length")
                 yield number, piece
         except QueueFull:
             raise ApiError(503, "too many requests wait; try again later", code="queue_full") from None
@@ -259,25 +272,47 @@ class Choice:
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     n_tokens: int = 0
+    logprob: float = 0.0  # of all its tokens together, the one that ended it included
     finish: str | None = None
 
     def add(self, piece: Piece) -> None:
         self.text += piece.text
         self.tokens += piece.tokens
         self.n_tokens += piece.n_tokens
+        self.logprob += piece.logprob
         self.finish = piece.finish or None
 
 
-def logprobs_of(tokenizer: Tokenizer, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
-    """Tokens as OpenAI's logprobs; `offset` is the place of the first in the text, in characters."""
-    texts = [tokenizer.decode([token.id]) for token in tokens]
-    tops = [{tokenizer.decode([id]): value for id, value in reversed(token.top)} for token in tokens]
-    return {
-        "tokens": texts,
-        "token_logprobs": [None if math.isnan(token.logprob) else max(token.logprob, -9999.0) for token in tokens],
-        "top_logprobs": [{name: max(value, -9999.0) for name, value in top.items()} or None for top in tops],
-        "text_offset": [offset + sum(map(len, texts[:i])) for i in range(len(texts))],
-    }
+class Places:
+    """Where tokens stand in a text, in characters: OpenAI's logprobs with their text_offset. The parts of a character
+    stand where it begins, and special tokens, which are no text, take no room."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str, known: Sequence[Token]):
+        """`known` are the last tokens of `prompt`, which are told first."""
+        self.tokenizer, self.decoder, self.offset = tokenizer, StreamDecoder(tokenizer), 0
+        self.offset = len(prompt) - sum(len(self.text_of(token)) for token in known) if known else 0
+        self.decoder = StreamDecoder(tokenizer)
+
+    def text_of(self, token: Token) -> str:
+        return "" if token.id in self.tokenizer.specials.values() else self.decoder.push(token.id)
+
+    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        offsets = []
+        for token in tokens:
+            offsets.append(self.offset)
+            self.offset += len(self.text_of(token))
+        tops = [{self.tokenizer.decode([id]): _number(value) for id, value in reversed(token.top)} for token in tokens]
+        return {
+            "tokens": [self.tokenizer.decode([token.id]) for token in tokens],
+            "token_logprobs": [_number(token.logprob) for token in tokens],
+            "top_logprobs": [top or None for top in tops],
+            "text_offset": offsets,
+        }
+
+
+def _number(logprob: float) -> float | None:
+    """As JSON can hold it: null for what is not known, OpenAI's -9999 for impossible."""
+    return None if math.isnan(logprob) else max(logprob, -9999.0)
 
 
 @dataclass
@@ -300,10 +335,12 @@ class Completions:
         self.usage["prompt_tokens"] = sum(len(request.ids) for request in self.requests)
         return {**self.usage, "total_tokens": sum(self.usage.values())}
 
-    def choice(self, index: int, choice: Choice, prompt: str, known: list[Token], offset: int = 0) -> dict[str, Any]:
-        logprobs = None
-        if self.n_top is not None:
-            logprobs = logprobs_of(self.service.tokenizer, [*known, *choice.tokens], offset)
+    def choice(
+        self, index: int, choice: Choice, prompt: str, known: Sequence[Token], places: Places | None = None
+    ) -> dict[str, Any]:
+        """A choice of an answer. `prompt` is what is echoed, `known` its scored tokens; `places` those of a stream."""
+        places = places or Places(self.service.tokenizer, prompt, known)
+        logprobs = None if self.n_top is None else places.logprobs([*known, *choice.tokens])
         return {"index": index, "text": prompt + choice.text, "logprobs": logprobs, "finish_reason": choice.finish}
 
     async def gather(self) -> tuple[list[list[Choice]], list[list[Token]]]:
@@ -323,26 +360,28 @@ class Completions:
         answers = []
         for prompt, choices, known in zip(self.prompts, *(await self.gather()), strict=True):
             if len(choices) > self.n:
-                mean = {id(c): sum(t.logprob for t in c.tokens) / max(1, len(c.tokens)) for c in choices}
-                choices = sorted(choices, key=lambda choice: -mean[id(choice)])[: self.n]
+                choices = sorted(choices, key=lambda choice: -choice.logprob / max(1, choice.n_tokens))[: self.n]
             for choice in choices:
                 answers.append(self.choice(len(answers), choice, prompt if self.echo else "", known))
         return {**self.service.head("text_completion", "cmpl"), "choices": answers, "usage": self.total()}
 
     async def chunks(self, with_usage: bool) -> AsyncIterator[dict[str, Any]]:
         """The chunks of a stream."""
-        head, known, offsets = self.service.head("text_completion", "cmpl"), {}, Counter()
+        head, known = self.service.head("text_completion", "cmpl"), {}
+        places: dict[int, Places] = {}  # by index
         async for number, piece in self.service.pieces(self.requests, self.empty):
             if not isinstance(piece, Piece):
                 known[number] = piece
                 continue
             index = number * self.n + piece.number
-            first = index not in offsets
+            first = index not in places
             prompt = self.prompts[number] if self.echo and first else ""
-            choice = Choice(piece.text, piece.tokens, piece.n_tokens, piece.finish or None)
+            choice = Choice()
+            choice.add(piece)
             scored = known.get(number, []) if first else []
-            chunk = self.choice(index, choice, prompt, scored, offsets[index])
-            offsets[index] += sum(map(len, (chunk["logprobs"] or {"tokens": []})["tokens"]))
+            if first:
+                places[index] = Places(self.service.tokenizer, prompt, scored)
+            chunk = self.choice(index, choice, prompt, scored, places[index])
             self.count(piece)
             yield {**head, "choices": [chunk], **({"usage": None} if with_usage else {})}
         if with_usage:
@@ -370,7 +409,7 @@ def parse_completions(service: Service, fields: Fields) -> Completions:
     suffix, prompt = fields.text("suffix"), fields.get("prompt", "")
     many = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], (str, list))
     prompts = prompt if many else [prompt]
-    if len(prompts) > MAX_PROMPTS or len(prompts) * best_of > 2 * MAX_PROMPTS:
+    if len(prompts) > min(MAX_PROMPTS, service.batcher.max_waiting) or len(prompts) * best_of > 2 * MAX_PROMPTS:
         raise ApiError(400, f"{len(prompts)} prompts of {best_of} completions; ask for fewer at once", "prompt")
     room = min(max(1, max_tokens), service.context // 2)
     settings = {
@@ -455,7 +494,7 @@ async def mistral(service: Service, fields: Fields, request: Request) -> Respons
         return {**chunk, "object": kind, "choices": choices}
 
     if fields.flag("stream"):
-        chunks = asked.chunks(with_usage=True)
+        chunks = asked.chunks(with_usage=False)  # each chunk has a choice: clients read choices[0] without looking
         return await event_stream(request, (as_chat(chunk, "delta", "chat.completion.chunk") async for chunk in chunks))
     return answer(as_chat(await until_gone(request, asked.whole()), "message", "chat.completion"))
 
@@ -614,7 +653,7 @@ def api(handler: Callable[[Service, Fields, Request], Awaitable[Response]]) -> C
             response = ApiError(400, str(error)).response()
         except ClientDisconnect:
             response = Response(status_code=499)  # nobody reads it
-        service.counts[request.url.path, response.status_code] += 1
+        service.counts[request.scope["path"], response.status_code] += 1
         return response
 
     return endpoint
@@ -623,7 +662,11 @@ def api(handler: Callable[[Service, Fields, Request], Awaitable[Response]]) -> C
 async def models(request: Request) -> Response:
     service: Service = request.app.state.service
     about = {"context": service.context, "fill_in_the_middle": service.fills_middle}
-    about |= {"can_verify": service.verify is not None, "parameters": service.batcher.model.n_parameters()}
+    about |= {
+        "can_verify": service.verify is not None,
+        "one_line": service.one_line,
+        "parameters": service.batcher.model.n_parameters(),
+    }
     model = {"id": service.name, "object": "model", "created": service.began, "owned_by": "codegpt", **about}
     if (name := request.path_params.get("name")) is not None:
         return answer(model) if name == service.name else ApiError(404, f"no model {name}", "model").response()
@@ -682,7 +725,7 @@ class Guard:
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1")
         name = re.sub(r":\d*$", "", host).strip("[]").lower()
-        if name not in ("localhost", *self.service.hosts) and not _is_address(name):
+        if name not in ("localhost", *(host.lower() for host in self.service.hosts)) and not _is_address(name):
             return ApiError(421, f"Host {host!r} is not served here; start the server with --hosts={name}", code="host")
         origin = headers.get(b"origin", b"").decode("latin-1")
         own = (f"http://{host}", f"https://{host}", *self.service.origins)
@@ -726,7 +769,7 @@ def make_app(service: Service) -> Starlette:
     middleware = [Middleware(Guard, service=service)]
     if service.origins:
         cors = {"allow_origins": list(service.origins), "allow_methods": ["GET", "POST"]}
-        middleware.insert(0, Middleware(CORSMiddleware, **cors, allow_headers=["authorization", "content-type"]))
+        middleware.insert(0, Middleware(CORSMiddleware, **cors, allow_headers=["*"]))
     app = Starlette(routes=routes, middleware=middleware, exception_handlers={404: unknown, 405: unknown, 500: unknown})
     app.state.service = service
     return app

@@ -118,7 +118,7 @@ def test_the_address_that_is_printed_answers(run_folder):
             **{"cwd": ROOT, "capture_output": True, "text": True},
         )
         assert taken.returncode == 2 and taken.stdout == ""
-        assert "choose another" in taken.stderr and "Traceback" not in taken.stderr
+        assert "choose others" in taken.stderr and "Traceback" not in taken.stderr
         assert "mine" in server.err.read_text() and "step 5" in server.err.read_text()
 
 

@@ -167,6 +167,53 @@ def test_logprobs_are_those_of_a_forward_pass(model, tokenizer):
         assert [value for _, value in token.top] == pytest.approx(values.tolist(), abs=1e-4)
 
 
+def test_the_token_that_ends_a_completion_counts_in_its_logprob(model, tokenizer):
+    """Else an empty completion would be likelier than any other."""
+    with Batcher(model, tokenizer) as batcher:
+        answers = Answers(batcher)
+        answers.ask(0, request([1, 2], Sampling(9), n_top=0, stop_ids=range(512)))
+        answers.wait(1)
+    (piece,) = answers.pieces[0, 0]
+    assert piece.finish == "stop" and not piece.tokens and piece.n_tokens == 1 and piece.logprob < 0
+
+
+def test_a_short_request_does_not_wait_for_all_of_a_large_one(model, tokenizer):
+    with Batcher(model, tokenizer, max_rows=2) as batcher:
+        answers = Answers(batcher)
+        answers.ask(0, request([1, 2], Sampling(60, temperature=0.0), n=40))
+        answers.ask(1, request([3, 4], Sampling(2, temperature=0.0)))
+        while (1, 0) not in answers.pieces or not answers.pieces[1, 0][-1].finish:
+            time.sleep(0.001)
+        assert sum(pieces[-1].finish != "" for pieces in answers.pieces.values()) < 20
+        for one in batcher.rows:
+            one.request.cancelled = True
+
+
+@pytest.mark.parametrize("left", [float("inf"), float("nan")])
+def test_numbers_that_overflowed_fail_their_completion_and_spoil_no_other(left, model, tokenizer, monkeypatch):
+    good = generate(model, tokenizer, [PROMPTS[0]], Sampling(20, temperature=0.0))[0].text
+    ids, decode, spoilt = tokenizer.encode(PROMPTS[0]), model.decode, []
+
+    def overflowing(tokens, cache):
+        logits = decode(tokens, cache).clone()
+        if tokens.size(1) == 1 and not spoilt:
+            spoilt.append(True)
+            cache.values[0][0, :, 1] = left
+            logits[0] = torch.nan
+        return logits
+
+    with Batcher(model, tokenizer, max_rows=2) as batcher:
+        batcher.prefixes.max_bytes = 0
+        monkeypatch.setattr(model, "decode", overflowing)
+        for expected in ("error", "length"):
+            answers = Answers(batcher)
+            answers.ask(0, request(ids, Sampling(20, temperature=0.0)))
+            answers.ask(1, request(ids, Sampling(20, temperature=0.0)))
+            answers.wait(2)
+            assert answers.pieces[0, 0][-1].finish in (expected, "stop")
+            assert answers.text(1) == good or expected == "error"
+
+
 def test_known_beginnings_are_bounded_in_bytes_and_the_oldest_goes_first():
     config = GPTConfig(n_layer=1, n_head=1, n_embd=4, block_size=16, vocab_size=16)
 

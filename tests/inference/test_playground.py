@@ -142,25 +142,45 @@ def test_dark_mode_is_remembered_after_a_reload(page: Page) -> None:
         return page.run("return getComputedStyle(document.body).backgroundColor")
 
     before = colour()
+    assert page["theme"].text == "Dark mode"
     page["theme"].click()
     after = colour()
-    assert after != before
+    assert after != before and page["theme"].text == "Light mode"
     page.open()
     assert colour() == after
 
 
-def test_an_error_of_the_server_appears_next_to_the_setting_it_is_about(page: Page) -> None:
+def test_an_error_appears_at_the_setting_it_is_about_and_is_announced_below_the_button(page: Page) -> None:
+    page.open(375)
     page["temperature"].clear()
-    page["temperature"].send_keys("99")
+    page["temperature"].send_keys("9")
     page["complete"].click()
     page.wait(lambda: page.driver.find_elements("class name", "error"))
-    error = page.run("return document.getElementById('temperature').nextElementSibling")
-    assert error.get_attribute("role") == "alert" and "temperature" in error.text
+    error, said = page["temperature-error"], page["status"]
+    assert "temperature" in error.text and said.text == error.text
+    assert said.get_attribute("role") == "status"
     assert page["temperature"].get_attribute("aria-describedby") == error.get_attribute("id")
-    page["temperature"].send_keys(Keys.BACKSPACE, Keys.BACKSPACE, "1")
-    assert not page.driver.find_elements("class name", "error")
+    assert 0 < error.rect["y"] - page["temperature"].rect["y"] < 60
+    assert 0 < said.rect["y"] - page["complete"].rect["y"] < 150
+    page["temperature"].send_keys(Keys.BACKSPACE, "1")
+    assert not page.driver.find_elements("class name", "error") and not said.text
     page["complete"].click()
     assert page.wait_for_grey_text()
+
+
+@pytest.mark.parametrize("n_lines", [5, 60])
+def test_grey_text_below_the_fold_is_scrolled_into_view_unless_that_hides_the_cursor(page: Page, n_lines: int) -> None:
+    grey = "".join(f"\n    line {i}" for i in range(n_lines))
+    page.run(f"chunks = async function* () {{ yield {{ choices: [{{ index: 0, text: {grey!r} }}] }}; }}")
+    page["auto"].click()
+    page.type(Keys.CONTROL, Keys.END, Keys.NULL, "x = 1\n" * 60 + "y")
+    page["complete"].click()
+    assert page.wait_for_grey_text() == grey
+    lines = "const lines = [...document.getElementById('ghost').getClientRects()];"
+    box = "const box = document.getElementById('paper').getBoundingClientRect();"
+    above, below = page.run(f"{lines} {box} return [lines[0].top - box.top, box.bottom - lines.at(-1).bottom]")
+    print(above,below)
+    assert above >= 0 and (below >= 0 if n_lines == 5 else above < 10)
 
 
 def test_keyboard_alone_reaches_the_alternatives_of_a_token(page: Page) -> None:

@@ -142,12 +142,16 @@ def test_logprobs_are_the_models(server):
 
 
 def test_the_best_of_several_is_the_likeliest_a_token(server):
-    create, settings = creator(server), {"max_tokens": 8, "seed": 3, "logprobs": 0}
-    drawn = create(PROMPT, n=6, **settings).choices
+    create, seeds = creator(server), iter(range(100))
+    while True:  # until none ends early: the token that ends a completion counts, but is not reported
+        settings = {"max_tokens": 4, "seed": next(seeds), "logprobs": 0}
+        drawn = create(PROMPT, n=6, **settings).choices
+        if all(choice.finish_reason == "length" for choice in drawn):
+            break
     mean = {c.text: sum(c.logprobs.token_logprobs) / len(c.logprobs.token_logprobs) for c in drawn}
     best = create(PROMPT, n=2, best_of=6, **settings)
     assert [choice.text for choice in best.choices] == sorted(mean, key=lambda text: -mean[text])[:2]
-    assert 16 < best.usage.completion_tokens <= 48
+    assert best.usage.completion_tokens == 24
     assert create(PROMPT, best_of=6, max_tokens=8, seed=3).choices[0].logprobs is None
 
 
@@ -170,12 +174,28 @@ def test_what_is_far_from_the_cursor_is_left_out_and_the_middle_stays(server):
     """Also of a prompt in which an editor has filled in the template itself, as Continue does."""
     lines = "".join(f"value_{i} = {i}\n" for i in range(400))
     suffixed = creator(server)(lines, suffix=lines, max_tokens=10, temperature=0)
-    assert 240 <= suffixed.usage.prompt_tokens <= 246
+    assert 246 - 256 // 8 < suffixed.usage.prompt_tokens <= 246
     filled = creator(server)(f"<fim_prefix>{lines}<fim_suffix>{lines}<fim_middle>", max_tokens=10, temperature=0)
     assert filled.choices[0].text == suffixed.choices[0].text
-    end = server.tokenizer.decode(server.tokenizer.encode(lines)[-246:])
-    (choice,) = creator(server)(lines, max_tokens=10, temperature=0).choices
-    assert choice.text == server.greedy(end, 10)
+    cut = creator(server)(lines, max_tokens=10, temperature=0)
+    assert 246 - 256 // 8 < cut.usage.prompt_tokens <= 246
+    end = server.tokenizer.decode(server.tokenizer.encode(lines)[-cut.usage.prompt_tokens :])
+    assert cut.choices[0].text == server.greedy(end, 10)
+
+
+@pytest.mark.parametrize("suffix", [None, "\nreturn 1\n"])
+def test_while_one_types_behind_a_long_text_little_of_it_is_read_again(server, suffix):
+    before = "".join(f"value_{i} = {i}\n" for i in range(400))
+    read, typed = server.metric("prompt_tokens_read_total"), "total = value_1 + value_2"
+    for n in range(len(typed)):
+        creator(server)(before + typed[:n], suffix=suffix, max_tokens=4, temperature=0)
+    assert server.metric("prompt_tokens_read_total") - read < 3 * 246  # of 25 times about 230
+
+
+def test_other_files_get_the_room_that_is_left(server):
+    other = [{"filename": "a.py", "text": "".join(f"name_{i} = {i}\n" for i in range(300))}]
+    asked = {"input_prefix": "import a\n", "prompt": "a.", "input_suffix": "\n", "n_predict": 8, "input_extra": other}
+    assert 200 < server.ask("/infill", asked).json["tokens_evaluated"] <= 248
 
 
 def test_a_stream_brings_the_same_text_and_its_usage(server):
@@ -318,9 +338,8 @@ def test_llama_vscode_warms_up_and_asks_for_several(server):
 
 
 def test_time_ends_a_completion(server, slow):
-    began = time.monotonic()
     answer = server.ask("/infill", {"prompt": "x = ", "n_predict": 200, "t_max_predict_ms": 200})
-    assert answer.status == 200 and answer.json["tokens_predicted"] < 30 and time.monotonic() - began < 3
+    assert answer.status == 200 and answer.json["tokens_predicted"] < 30
 
 
 def test_continue_streams_a_filled_in_template(server):
@@ -392,7 +411,7 @@ def test_a_model_without_the_middles_tokens_says_so_to_editors(plain):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_is_decoded_no_further(server, slow, stream):
     drawn = server.metric("tokens_drawn_total")
-    body = json.dumps({"prompt": "x = ", "suffix": "\n", "n": 4, "max_tokens": 128, "stream": stream})
+    body = json.dumps({"prompt": "x = ", "suffix": "\n", "n": 4, "max_tokens": 128, "temperature": 0, "stream": stream})
     with server.opened(posted("/v1/completions", body, *CURL)):
         assert eventually(lambda: server.metric("completions_running") == 4)
     assert eventually(lambda: server.metric("completions_running") == 0)
@@ -402,7 +421,7 @@ def test_a_client_that_leaves_is_decoded_no_further(server, slow, stream):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_the_queue_is_not_decoded(model, plain_tokenizer, slow, stream):
     with serving(model, plain_tokenizer, 1) as server, ThreadPoolExecutor(1) as pool:
-        long = pool.submit(server.ask, "/v1/completions", {"prompt": "x", "max_tokens": 60, "stop": []})
+        long = pool.submit(server.ask, "/v1/completions", {"prompt": "x", "max_tokens": 60, "temperature": 0})
         assert eventually(lambda: server.metric("completions_running") == 1)
         read = server.metric("prompt_tokens_read_total")
         body = json.dumps({"prompt": "import os, sys, re, json, html, http", "max_tokens": 128, "stream": stream})
