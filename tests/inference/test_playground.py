@@ -179,7 +179,6 @@ def test_grey_text_below_the_fold_is_scrolled_into_view_unless_that_hides_the_cu
     lines = "const lines = [...document.getElementById('ghost').getClientRects()];"
     box = "const box = document.getElementById('paper').getBoundingClientRect();"
     above, below = page.run(f"{lines} {box} return [lines[0].top - box.top, box.bottom - lines.at(-1).bottom]")
-    print(above,below)
     assert above >= 0 and (below >= 0 if n_lines == 5 else above < 10)
 
 
