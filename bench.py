@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmark.round_robin import Worker, alternate
-from benchmark.systems import GPT2_SETTINGS, SERVED_ROWS, HuggingFace, NanoGPT, Ours, dataset_or_random
+from benchmark.systems import GPT2_SETTINGS, SERVED_ROWS, HuggingFace, NanoGPT, Ours, Served, dataset_or_random
 from inference.optimize import QUANTIZATIONS
 from model import GPTConfig
 from runtime.config import format_config, run_stage
@@ -97,7 +97,10 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         workers = [stack.enter_context(closing(worker)) for worker in start_workers(config, Path(folder))]
         machine = workers[0].ask("facts")
         names = [worker.name for worker in workers]
-        figures = measure(config, workers, machine)
+        served = serving_worker(config, Path(folder)) if "serve" in config.parts.split(",") else None
+        if served is not None:
+            stack.enter_context(closing(served))
+        figures = measure(config, workers, served, machine)
         ratios = {figure: rows[:1] / rows[1:] for figure, rows in figures.items() if len(rows) > 1}
         result = {"config": dataclasses.asdict(config), "machine": machine, "notes": notes(config, machine)}
         result |= {"figures": summary(figures, names), "ratios": summary(ratios, names[1:])}
@@ -127,7 +130,14 @@ def start_workers(config: BenchConfig, folder: Path) -> Iterator[Worker]:
         yield Worker("transformers", HuggingFace, settings, decode_dtype)
 
 
-def measure(config: BenchConfig, workers: Sequence[Worker], machine: dict[str, Any]) -> Figures:
+def serving_worker(config: BenchConfig, folder: Path) -> Worker:
+    """A process in which this project decodes as serve.py does. `folder` has the random shards, if there are any."""
+    dataset = str(folder / "random") if (folder / "random").exists() else config.dataset
+    settings = dataclasses.replace(config.training_config(), dataset=dataset)
+    return Worker(OURS, Served, settings, DTYPES[config.decode_dtype], config.quantize)
+
+
+def measure(config: BenchConfig, workers: Sequence[Worker], served: Worker | None, machine: dict[str, Any]) -> Figures:
     """All figures, in the order of the table."""
     parts, timed = config.parts.split(","), (config.rounds, "rate")
     ours, trainers = workers[:1], [worker for worker in workers if worker.name != "transformers"]
@@ -150,19 +160,19 @@ def measure(config: BenchConfig, workers: Sequence[Worker], machine: dict[str, A
     for number in config.decode_batches.split(",") if "decode" in parts else ():
         decoders = workers if number in config.peer_batches.split(",") else ours
         figures |= measure_decoding(config, decoders, int(number), machine["weight_bytes"])
-    if "serve" in parts:
-        figures |= measure_serving(config, ours)
+    if served is not None:
+        figures |= measure_serving(config, ours, [served])
     return figures
 
 
-def measure_serving(config: BenchConfig, ours: Sequence[Worker]) -> Figures:
+def measure_serving(config: BenchConfig, ours: Sequence[Worker], served: Sequence[Worker]) -> Figures:
     """Decoding as serve.py does it: one stream beside the decoder alone, many streams beside one, and the first token
     of a long prompt that was not seen and of one of which all but its last tokens were."""
     rounds, asked = config.decode_rounds, (config.decode_prompt, config.decode_tokens)
     alone = alternate(ours, rounds, "rate", "decode", 1, *asked)
-    one, many = (alternate(ours, rounds, "rate", "serve", streams, *asked) for streams in (1, SERVED_ROWS))
+    one, many = (alternate(served, rounds, "rate", "serve", streams, *asked) for streams in (1, SERVED_ROWS))
     n_prompt = config.block_size * 7 // 8
-    unseen, seen = (alternate(ours, rounds, "first_token_s", n_prompt, n) for n in (0, n_prompt * 17 // 18))
+    unseen, seen = (alternate(served, rounds, "first_token_s", n_prompt, n) for n in (0, n_prompt * 17 // 18))
     return {
         "serve_1_tokens_per_s": one,
         f"serve_{SERVED_ROWS}_tokens_per_s": many,

@@ -21,7 +21,7 @@ from data.shards import tokenizer_file, write_shard
 from data.tokenizer import END_OF_TEXT, Tokenizer
 from dataloader import Loader
 from evaluation.likelihood import evaluate_loss
-from inference.batching import Batcher, Piece, Request
+from inference.batching import Batcher, Piece, Request, in_a_thread
 from inference.generate import generate_tokens
 from inference.optimize import optimize
 from inference.sampling import Sampling, choose_token
@@ -93,7 +93,6 @@ class Ours(System):
         self.run = start_run(config, shards)
         self.batch = self.inputs.int().to(self.device), self.targets.int().to(self.device)  # int32, as the loader's
         self.decoders: dict[int, GPT] = {}  # the last one, by its number of rows
-        self.batcher: Batcher | None = None
         if config.compile:
             compile_model(self.run)
 
@@ -138,38 +137,6 @@ class Ours(System):
         tokens = generate_tokens(self.decoders[rows], prompt, choose, rows)
         return sum(len(next(tokens)) for _ in range(n_tokens))
 
-    def serve(self, streams: int, n_prompt: int, n_tokens: int) -> int:
-        """Decode that many requests at once as serve.py does."""
-        prompts = self.random_ids(streams, n_prompt).tolist()
-        return self._served([(prompt, n_tokens) for prompt in prompts])
-
-    def first_token_s(self, n_prompt: int, n_known: int) -> float:
-        """Seconds to the first token of a prompt whose first `n_known` tokens the server has just seen."""
-        prompt, other = self.random_ids(2, n_prompt).tolist()
-        if n_known:
-            self._served([(prompt, 1)])
-        t0 = time.perf_counter()
-        self._served([(prompt[:n_known] + other[n_known:], 1)])
-        return time.perf_counter() - t0
-
-    def _served(self, asked: Sequence[tuple[list[int], int]]) -> int:
-        """Decode prompts, with the number of tokens to draw of each, through the server's batch."""
-        if self.batcher is None:
-            model = GPT(self.config).to(self.device, self.decode_dtype).eval()
-            if not self.on_gpu:
-                optimize(model, 1 if self.quantize else SERVED_ROWS, self.quantize)  # as serve.py does
-            self.batcher = Batcher(model, self.run.tokenizer, SERVED_ROWS)
-        ended: SimpleQueue[Piece] = SimpleQueue()
-        for seed, (prompt, n_tokens) in enumerate(asked):
-            sampling = dataclasses.replace(SAMPLING, max_new_tokens=n_tokens, seed=seed)
-            self.batcher.submit(Request(prompt, sampling, ended.put))
-        n_drawn = 0
-        for _ in asked:
-            while not (piece := ended.get()).finish:
-                n_drawn += piece.n_tokens
-            n_drawn += piece.n_tokens
-        return n_drawn
-
     def profile(self, steps: int, trace: str) -> list[dict[str, Any]]:
         """The ten operations (on a GPU: kernels) on which a training step itself spends most time. Writes a Chrome
         trace of `steps` steps to `trace`."""
@@ -188,6 +155,50 @@ class Ours(System):
             {"operation": name, "ms_per_step": ms, "percent": 100 * ms / total_ms, "calls_per_step": calls}
             for ms, calls, name in sorted(operations, reverse=True)[:10]
         ]
+
+
+class Served(System):
+    """This project, decoding as serve.py does. In a process of its own, where nothing else has used OpenMP."""
+
+    def __init__(self, config: RunConfig, decode_dtype: torch.dtype, quantize: str | None):
+        super().__init__(config, decode_dtype)
+        shards = open_dataset(config)
+        tokenizer = Tokenizer.from_json(shards.tokenizer_text(), str(tokenizer_file(shards.path)))
+
+        def ready() -> GPT:
+            model = GPT(config).to(self.device, decode_dtype).eval()
+            if not self.on_gpu:
+                optimize(model, 1, quantize)
+            return model
+
+        self.batcher = Batcher(in_a_thread(ready), tokenizer, SERVED_ROWS)
+
+    def serve(self, streams: int, n_prompt: int, n_tokens: int) -> int:
+        """Decode that many requests at once as serve.py does."""
+        prompts = self.random_ids(streams, n_prompt).tolist()
+        return self._served([(prompt, n_tokens) for prompt in prompts])
+
+    def first_token_s(self, n_prompt: int, n_known: int) -> float:
+        """Seconds to the first token of a prompt whose first `n_known` tokens the server has just seen."""
+        prompt, other = self.random_ids(2, n_prompt).tolist()
+        if n_known:
+            self._served([(prompt, 1)])
+        t0 = time.perf_counter()
+        self._served([(prompt[:n_known] + other[n_known:], 1)])
+        return time.perf_counter() - t0
+
+    def _served(self, asked: Sequence[tuple[list[int], int]]) -> int:
+        """Decode prompts, with the number of tokens to draw of each, through the server's batch."""
+        ended: SimpleQueue[Piece] = SimpleQueue()
+        for seed, (prompt, n_tokens) in enumerate(asked):
+            sampling = dataclasses.replace(SAMPLING, max_new_tokens=n_tokens, seed=seed)
+            self.batcher.submit(Request(prompt, sampling, ended.put))
+        n_drawn = 0
+        for _ in asked:
+            while not (piece := ended.get()).finish:
+                n_drawn += piece.n_tokens
+            n_drawn += piece.n_tokens
+        return n_drawn
 
 
 class NanoGPT(System):
