@@ -47,7 +47,7 @@ from training.compilation import compile_model, save_compiled
 from training.distributed import agree, average, highest, own_device, rank_0_first, rank_and_world, seed_rank, started
 from training.metrics import MetricsLog, Throughput, progress, progress_bar, start_metrics, time_left
 from training.recipe import learning_rate
-from training.run import Run, RunConfig, keep_best, open_dataset, save_run, start_run
+from training.run import Run, RunConfig, keep_best, open_dataset, require_finite, save_run, start_run
 
 
 @dataclass(frozen=True)
@@ -320,18 +320,6 @@ def evaluate(run: Run, stream: TokenStream, max_tokens: int) -> dict[str, Any]:
         f"{scored['bits_per_byte']:.4f} bits per byte"
     )
     return {"val_loss": scored["loss"], "perplexity": scored["perplexity"], "val_bpb": scored["bits_per_byte"]}
-
-
-def require_finite(result: tuple[torch.Tensor, torch.Tensor], run: Run) -> tuple[float, float]:
-    """The loss and the gradient norm as numbers. Raises UserError if one of them is not finite, except a norm in fp16:
-    the scaler skips that step."""
-    loss, grad_norm = (value.item() for value in result)
-    if not math.isfinite(loss) or not (math.isfinite(grad_norm) or run.scaler.is_enabled()):
-        raise UserError(
-            f"step {run.step}: loss is {loss}, gradient norm {grad_norm}; continue from the last checkpoint in "
-            f"{run.config.out_dir} with a lower --learning_rate or --dtype=float32"
-        )
-    return loss, grad_norm
 
 
 def save_and_exit(run: Run, rng: dict[str, torch.Tensor], rank: int, interruption: Interruption) -> NoReturn:

@@ -9,11 +9,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from pathlib import Path
 
 import pytest
-import torch
-from small_corpus import SHARD_SETTINGS, python_documents, write_json_gz
+from small_corpus import SHARD_SETTINGS, make_lively_model, python_documents, write_json_gz
 
 from data.shards import Shards
-from model import GPT, GPTConfig
+from model import GPT
 from prepare import PrepareConfig, prepare
 from runtime.config import load_config, run_stage
 from train import TrainConfig
@@ -82,10 +81,4 @@ def kills(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(scope="module")
 def lively_model() -> GPT:
     """Two random layers, context 64, 640 ids; greedy decoding does not end in a loop of one token."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=640)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    torch.nn.init.normal_(model.wpe.weight)
-    torch.nn.init.ones_(model.ln_f.weight)
-    return model
+    return make_lively_model(block_size=64)

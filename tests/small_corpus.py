@@ -10,9 +10,11 @@ import sysconfig
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from data.shards import Shards
 from data.tokenizer import END_OF_TEXT, load_tokenizer
+from model import GPT, GPTConfig
 from prepare import PrepareConfig, prepare
 from runtime.config import load_config
 
@@ -82,6 +84,17 @@ def like(number: int, jaccard: float) -> str:
         return -len(a & b) / len(a | b)
 
     return mixed(bisect.bisect_left(range(len(mine)), -jaccard, lo=2, key=unlikeness))
+
+
+def make_lively_model(block_size: int) -> GPT:
+    """Two random layers, 640 ids; greedy decoding does not end in a loop of one token."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=block_size, vocab_size=640)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    torch.nn.init.normal_(model.wpe.weight)
+    torch.nn.init.ones_(model.ln_f.weight)
+    return model
 
 
 class FakeScore:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import uvicorn
+from small_corpus import make_lively_model
 
 import serve
 from data.tokenizer import Tokenizer
@@ -19,7 +20,7 @@ from inference.batching import Batcher
 from inference.generate import generate
 from inference.sampling import Sampling
 from inference.server import Service, make_app
-from model import GPT, GPTConfig
+from model import GPT
 
 JSON_HEADERS = {"Content-Type": "application/json"}
 
@@ -113,12 +114,7 @@ def eventually(condition: Callable[[], bool], within: float = 20.0) -> bool:
 
 def readable_model(tokenizer: Tokenizer) -> GPT:
     """As lively_model, with a context of 256, and its texts are ASCII: as many characters as their tokens."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=256, vocab_size=640)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    torch.nn.init.normal_(model.wpe.weight)
-    torch.nn.init.ones_(model.ln_f.weight)
+    model = make_lively_model(block_size=256)
     readable = [i for i, token in enumerate(tokenizer.tokens) if re.fullmatch(rb"[\n -~]+", token)]
     unlikely = torch.ones(640, dtype=torch.bool)
     unlikely[readable] = False

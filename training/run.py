@@ -137,6 +137,18 @@ def fine_tuned(config: RunConfig, tokenizer: Tokenizer, shards_path: Path, devic
     return build_model(config, payload["model"], device)
 
 
+def require_finite(result: tuple[torch.Tensor, torch.Tensor], run: Run) -> tuple[float, float]:
+    """The loss and the gradient norm as numbers. Raises UserError if one of them is not finite, except a norm in fp16:
+    the scaler skips that step."""
+    loss, grad_norm = (value.item() for value in result)
+    if not math.isfinite(loss) or not (math.isfinite(grad_norm) or run.scaler.is_enabled()):
+        raise UserError(
+            f"step {run.step}: loss is {loss}, gradient norm {grad_norm}; continue from the last checkpoint in "
+            f"{run.config.out_dir} with a lower --learning_rate or --dtype=float32"
+        )
+    return loss, grad_norm
+
+
 def save_run(run: Run, rng: dict[str, torch.Tensor]) -> None:
     """Save to `last.pt` everything that `start_run` needs to continue exactly, and rename the file it replaces to
     `previous.pt`. `rng` is the `rng_state` to continue with. Raises UserError if a weight is not finite."""
