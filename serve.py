@@ -71,13 +71,15 @@ class ServeConfig:
 
 def serve(config: ServeConfig) -> None:
     """Load the model and answer requests until interrupted. Raises UserError if packages are missing, there is no such
-    run, or the port is taken."""
+    run, or the port is taken, and OSError if it may run code and the sandbox does not work."""
     try:
         import uvicorn
 
         from inference.server import Service, make_app
     except ImportError as error:
         raise UserError(f"serve.py needs {error.name}: pip install starlette uvicorn") from None
+    if config.allow_code_execution:
+        Sandbox(1).close()  # if it does not work here, it says so now
     device = resolve_device(config.device)
     out_dir = config.out_dir or latest_run()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 
@@ -30,6 +31,7 @@ class QuickScore(contextlib.AbstractContextManager):
         self.sampling = Sampling(max_new_tokens, temperature=0.0)
         self.sandbox = Sandbox(1)
         self_test(self.sandbox, self.problems)
+        self.failed = False
         self.began, self.spent_s = time.monotonic(), 0.0
         self.cost_s: float | None = None  # seconds of the last scoring; before the first, estimated from one problem
 
@@ -37,7 +39,16 @@ class QuickScore(contextlib.AbstractContextManager):
         self.sandbox.close()
 
     def score(self, model: GPT, tokenizer: Tokenizer) -> dict[str, float] | None:
-        """Returns humaneval_pass@1, humaneval_compiles and humaneval_problems (their number); None if it is put off."""
+        """Returns humaneval_pass@1, humaneval_compiles and humaneval_problems (their number); None if it is put off; {}
+        once the sandbox has failed, because training shall go on."""
+        try:
+            return {} if self.failed else self._score(model, tokenizer)
+        except OSError as error:
+            self.failed = True
+            print(f"warning: the model is not scored by running any more: {error}", file=sys.stderr)
+            return {}
+
+    def _score(self, model: GPT, tokenizer: Tokenizer) -> dict[str, float] | None:
         if self.cost_s is None:
             self.cost_s = len(self.problems) * self._run(model, tokenizer, self.problems[:1])[1]
         if self.spent_s + self.cost_s > self.MAX_SHARE * (time.monotonic() - self.began):
@@ -62,8 +73,9 @@ class QuickScore(contextlib.AbstractContextManager):
 
 def describe_score(figures: dict[str, float] | None) -> str:
     """Puts into words what `QuickScore.score` returned."""
-    if figures is None:
-        return f"not scored by running: that would take more than {QuickScore.MAX_SHARE:.0%} of the time"
+    if not figures:
+        late = f"that would take more than {QuickScore.MAX_SHARE:.0%} of the time"
+        return f"not scored by running: {late if figures is None else 'the sandbox has failed'}"
     return (
         f"of {figures['humaneval_problems']} problems {figures['humaneval_pass@1']:.1%} solved, "
         f"{figures['humaneval_compiles']:.1%} compile"

@@ -1,5 +1,6 @@
 """Checks the judge on this machine, then judges samples by running them."""
 
+import dataclasses
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,17 +13,21 @@ from evaluation.cheats import interpreter_tricks
 from evaluation.problems import Problem
 from runtime.errors import UserError
 from sandbox.pool import Sandbox
-from sandbox.verdict import Result
+from sandbox.verdict import SHARED, Result
+
+DETAIL_CHARS = 500  # how much of a detail is reported
 
 
-def self_test(sandbox: Sandbox, problems: Sequence[Problem]) -> None:
-    """Raise UserError unless every problem's own solution passes, and wrong answers and early exits fail."""
+def self_test(sandbox: Sandbox, problems: Sequence[Problem]) -> list[str]:
+    """Raise UserError unless every problem's own solution passes, and wrong answers and early exits fail. Returns the
+    task_ids of those whose solution and check must share an interpreter, which a strict sandbox may refuse."""
     solved = [problem for problem in problems if problem.solution is not None]
     results = run_all(sandbox, [(problem, problem.solution) for problem in solved], "self-test")
-    failures = [(p.task_id, result) for p, result in zip(solved, results, strict=True) if not result.passed]
+    of_solved = [(p.task_id, result) for p, result in zip(solved, results, strict=True)]
+    failures = [(task_id, result) for task_id, result in of_solved if not result.passed and result.error != SHARED]
     if failures:
         names = ", ".join(task_id for task_id, _ in failures[:5])
-        outcome = f"{failures[0][1].outcome} {failures[0][1].detail}".strip()
+        outcome = f"{failures[0][1].outcome} {failures[0][1].detail[:DETAIL_CHARS]}".strip()
         raise UserError(
             f"self-test: the solutions of {len(failures)} of {len(solved)} problems do not pass here ({names}; the "
             f"first {outcome}); try a larger --timeout_s, or leave them out with --exclude"
@@ -38,6 +43,7 @@ def self_test(sandbox: Sandbox, problems: Sequence[Problem]) -> None:
     exits = ("import sys; sys.exit()", "import os; os._exit(0)", "raise SystemExit", "print('passed')\nassert False")
     if any(result.passed for _, result in sandbox.run_many((code, "assert False", "") for code in exits)):
         raise UserError("self-test: a program that leaves early passes; results of this machine cannot be trusted")
+    return [task_id for task_id, result in of_solved if result.shared]
 
 
 def read_samples(name: str, problems: Iterable[Problem], every: Iterable[Problem]) -> list[dict[str, str]]:
@@ -62,31 +68,43 @@ def read_samples(name: str, problems: Iterable[Problem], every: Iterable[Problem
 def judge(
     sandbox: Sandbox, problems: Iterable[Problem], samples: Sequence[dict[str, str]]
 ) -> tuple[list[dict[str, Any]], float]:
-    """Run every sample with its problem's check. Returns for each, in order, its task_id, passed, outcome, detail, and
-    error (the exception's type); and the seconds that all took."""
+    """Run every sample with its problem's check. Returns for each, in order, its task_id, passed, outcome, detail,
+    shared (whether it had to share an interpreter with its check) and error (the exception's type); and the seconds
+    that all took."""
     by_id = {problem.task_id: problem for problem in problems}
     t0 = time.monotonic()
     jobs = [(by_id[sample["task_id"]], sample["completion"]) for sample in samples]
-    results = run_all(sandbox, jobs, "judging")
-    lines = []
-    for sample, result in zip(samples, results, strict=True):
-        detail = result.detail
-        if result.passed and (tricks := interpreter_tricks(sample["completion"])):
-            detail = "uses " + ", ".join(tricks)
-        line = {"task_id": sample["task_id"], "passed": result.passed, "outcome": result.outcome, "detail": detail}
-        lines.append(line | {"error": result.error})
+    lines: list[Any] = [None] * len(jobs)
+    for index, result in _run(sandbox, jobs, "judging"):
+        lines[index] = _line(samples[index], result)  # not the result: there may be 100,000, with long outputs
     return lines, time.monotonic() - t0
 
 
+def _line(sample: dict[str, str], result: Result) -> dict[str, Any]:
+    detail = result.detail
+    if result.passed and result.shared and (tricks := interpreter_tricks(sample["completion"])):
+        detail = "uses " + ", ".join(tricks)
+    line = {"task_id": sample["task_id"], "passed": result.passed, "outcome": result.outcome}
+    return line | {"detail": detail[:DETAIL_CHARS], "shared": result.shared, "error": result.error}
+
+
 def fate(result: dict[str, Any]) -> dict[str, Any]:
-    """A sample's line in a results file: task_id, passed, outcome, detail."""
+    """A sample's line in a results file: task_id, passed, outcome, detail, shared."""
     return {key: value for key, value in result.items() if key != "error"}
 
 
 def run_all(sandbox: Sandbox, jobs: Sequence[tuple[Problem, str]], label: str | None = None) -> list[Result]:
-    """Run each (problem, completion), and return the results in order. Shows a progress bar if it has a `label`."""
+    """Run each (problem, completion), and return the results in order, without what the programs printed. Shows a
+    progress bar if it has a `label`."""
     results: list[Any] = [None] * len(jobs)
-    programs = ((problem.prompt + completion, problem.check, problem.entry_point) for problem, completion in jobs)
-    for index, result in tqdm(sandbox.run_many(programs), label, len(jobs), disable=label is None, mininterval=1.0):
-        results[index] = result
+    for index, result in _run(sandbox, jobs, label):
+        results[index] = dataclasses.replace(result, output="")
     return results
+
+
+def _run(
+    sandbox: Sandbox, jobs: Sequence[tuple[Problem, str]], label: str | None = None
+) -> Iterable[tuple[int, Result]]:
+    """Run each (problem, completion). Yields its index and its result, in the order in which they end."""
+    programs = ((problem.prompt + completion, problem.check, problem.entry_point) for problem, completion in jobs)
+    return tqdm(sandbox.run_many(programs), label, len(jobs), disable=label is None, mininterval=1.0)

@@ -9,7 +9,6 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from evaluation.cheats import interpreter_tricks
 from sandbox.verdict import OUTCOMES
 
 SYNTAX_ERRORS = ("SyntaxError", "IndentationError", "TabError")
@@ -19,7 +18,7 @@ def summarize(
     samples: Sequence[dict[str, str]], results: Sequence[dict[str, Any]], ks: Sequence[int]
 ) -> dict[str, Any]:
     """Returns pass@k and its standard error over the problems, both None if a problem has fewer than k samples, and
-    counts of outcomes, errors and suspicious samples."""
+    counts: outcomes, errors, samples that had to share an interpreter with their check, suspicious ones of these."""
     passed: dict[str, list[bool]] = defaultdict(list)
     for result in results:
         passed[result["task_id"]].append(result["passed"])
@@ -38,8 +37,9 @@ def summarize(
         "outcomes": {outcome: sum(r["outcome"] == outcome for r in results) for outcome in OUTCOMES},
         "errors": dict(errors.most_common()),
         "syntax_error_rate": sum(errors[name] for name in SYNTAX_ERRORS) / len(results),
+        "shared": sum(r["shared"] for r in results),
+        "passed_shared": sum(r["passed"] and r["shared"] for r in results),
         "passed_with_tricks": sum(r["passed"] and bool(r["detail"]) for r in results),
-        "eq_classes": sum("__eq__" in interpreter_tricks(sample["completion"]) for sample in samples),
         "cut_at_a_stop": sum(sample.get("finish") == "stop" for sample in samples),
     }
 
@@ -67,10 +67,15 @@ def pass_at_k_table(summary: dict[str, Any]) -> str:
     lines += [
         f"  {outcomes}",
         f"  failed by: {errors or 'none'}",
-        f"  syntax errors {summary['syntax_error_rate']:.1%}; samples that define __eq__ {summary['eq_classes']:,}; "
-        f"passed, but suspicious: {summary['passed_with_tricks']:,}",
-        f"  seconds: {seconds}",
+        f"  syntax errors {summary['syntax_error_rate']:.1%}",
     ]
+    if summary["shared"] or summary["shared_problems"]:
+        lines.append(
+            f"  had to share an interpreter with their check: {summary['shared']:,} samples, of which passed "
+            f"{summary['passed_shared']:,} ({summary['passed_with_tricks']:,} suspicious); the solutions of "
+            f"{len(summary['shared_problems']):,} problems"
+        )
+    lines.append(f"  seconds: {seconds}")
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ Synthesis with Large Language Models" (MBPP), 2021; Liu et al., "Is Your Code Ge
 
 import ast
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,7 +86,7 @@ def _problem(row: dict[str, Any], where: str) -> Problem:
     if "entry_point" in row:
         prompt, test, entry_point = (_text(row, key, where) for key in ("prompt", "test", "entry_point"))
         solution = row.get("canonical_solution") or None
-        check = f"\n{test}\ncheck({entry_point})"
+        check = function_check(prompt, test, entry_point)
         return Problem(str(row["task_id"]), prompt, check, entry_point, solution, FUNCTION_STOPS)
     text = _text(row, "text" if "text" in row else "prompt", where)
     code, tests = _text(row, "code", where), row.get("test_list")
@@ -97,6 +98,45 @@ def _problem(row: dict[str, Any], where: str) -> Problem:
     task_id = str(row["task_id"])
     task_id = task_id if "/" in task_id else f"MBPP/{task_id}"
     return Problem(task_id, prompt, check, _tested_function(code, tests), code, SCRIPT_STOPS)
+
+
+def function_check(prompt: str, test: str, entry_point: str) -> str:
+    """The check of a function that completes `prompt`, a text that has the first line of its definition. `test` defines
+    `check(candidate)`; helpers of the prompt that it names are those of the prompt, whatever the completion makes of
+    their names."""
+    return f"\n{_helpers(prompt, test, entry_point)}{test}\ncheck({entry_point})"
+
+
+def _helpers(prompt: str, test: str, entry_point: str) -> str:
+    """The imports and functions before the definition of `entry_point`, and constants, if `test` names any of them;
+    else "". Classes and variables are the program's, because what happens to them may be what is tested."""
+    definition = rf"^(?:@.*\n)*(?:async[ \t]+)?(?:def|class)[ \t]+{re.escape(entry_point)}\b"
+    try:
+        named = {node.id for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)}
+        above = ast.parse(prompt[: re.search(definition, prompt, re.MULTILINE).start()])
+    except (SyntaxError, ValueError, AttributeError):  # text that is no Python, or not found
+        return ""
+    kept = [node for node in above.body if _is_stateless(node)]
+    if named.isdisjoint(name for node in kept for name in _bound(node)):
+        return ""
+    return ast.unparse(ast.Module(kept, [])) + "\n\n"
+
+
+def _is_stateless(node: ast.stmt) -> bool:
+    """Whether it makes no difference which of two processes a statement's names belong to."""
+    if isinstance(node, ast.Assign):
+        return isinstance(node.value, ast.Constant)
+    changes = any(isinstance(inner, ast.Global) for inner in ast.walk(node))
+    return isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef)) and not changes
+
+
+def _bound(node: ast.stmt) -> list[str]:
+    """The names that an import, a function or an assignment binds."""
+    if isinstance(node, ast.FunctionDef):
+        return [node.name]
+    if isinstance(node, ast.Assign):
+        return [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return [(alias.asname or alias.name).partition(".")[0] for alias in node.names]
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:

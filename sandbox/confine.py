@@ -2,9 +2,10 @@
 
 Where the kernel allows it, also without privileges, the fork server moves into namespaces of its own. There it is
 process 1, without network, in a read-only file system that holds only Python and the system's libraries. A program
-forked from it has no capabilities, sees no other process, writes only to a fresh tmpfs, and is killed together with
-all processes that it started. In a container that forbids namespaces, Landlock limits which files a program reads and
-writes, and seccomp which system calls it makes: no sockets, no other processes.
+forked from it has no capabilities, sees no other process, writes only to fresh memory, and is killed together with all
+processes that it started. In a container that forbids namespaces, Landlock limits which files a program reads and
+writes, seccomp which system calls it makes (no sockets, no other processes), and where root runs the fork server, the
+program is another user. The judge has the same walls around it, and no program can trace it.
 
 System calls go through ctypes. Sources: manual pages namespaces, user_namespaces, pivot_root, landlock, seccomp.
 """
@@ -12,9 +13,9 @@ System calls go through ctypes. Sources: manual pages namespaces, user_namespace
 import contextlib
 import ctypes
 import errno
-import functools
 import os
-import platform
+import re
+import resource
 import shutil
 import signal
 import struct
@@ -22,77 +23,50 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-# Flags of clone(2) and unshare(2), mount(2), prctl(2).
-CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER = 0x20000, 0x4000000, 0x8000000, 0x10000000
-CLONE_NEWPID, CLONE_NEWNET, CLONE_NEWCGROUP, CLONE_THREAD = 0x20000000, 0x40000000, 0x2000000, 0x10000
-ALL_NAMESPACES = (
-    CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWCGROUP
-)
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND = 1, 2, 4, 32, 4096
-MS_REC, MS_PRIVATE, MNT_DETACH = 16384, 1 << 18, 2
-AT_FDCWD, AT_RECURSIVE = -100, 0x8000
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
-NOBODY, PROGRAM_USER = 65534, 1000  # user id of a program if root runs the sandbox: outside and inside the namespace
-DIRECTORY = "/sandbox"  # where a program runs, in namespaces
+from sandbox import namespaces
+from sandbox.syscalls import call, filter_code, number, set_filter, syscall
+from sandbox.verdict import Limits
 
-# System calls without a libc function. These have one number on all architectures; below: (x86_64, aarch64).
-MOUNT_SETATTR, LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 442, 444, 445, 446
-CALLS = {
-    "pivot_root": (155, 41), "capset": (126, 91), "clone": (56, 220), "clone3": (435, 435), "prlimit64": (302, 261),
-    "kill": (62, 129), "tgkill": (234, 131), "socketpair": (53, 199),
-}  # fmt: skip
-DENIED = {
-    # network, and io_uring, which could open sockets past the filter
-    "socket": (41, 198), "connect": (42, 203), "bind": (49, 200),
-    "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
-    # other processes
-    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "tkill": (200, 130),
-    "pidfd_send_signal": (424, 424), "pidfd_getfd": (438, 438), "setpriority": (141, 140), "kcmp": (312, 272),
-    "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119), "sched_setparam": (142, 118),
-    "sched_setattr": (314, 274), "ioprio_set": (251, 30), "rt_sigqueueinfo": (129, 138), 
-    "rt_tgsigqueueinfo": (297, 240),
-    # namespaces and mounts
-    "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
-    "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430), "fsmount": (432, 432),
-    "mount_setattr": (442, 442), "open_by_handle_at": (304, 265), "mknod": (133, None), "mknodat": (259, 33),
-    # objects that outlive the program
-    "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180), "add_key": (248, 217),
-    "request_key": (249, 218), "keyctl": (250, 219),
-    # parts of the kernel with many known holes, and memory outside the limits
-    "memfd_create": (319, 279),
-    "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "clone3": (435, 435),
-}  # fmt: skip
-DENIED_ALONE = {"fork": (57, None), "vfork": (58, None)}  # only without namespaces
-PRETENDED = {  # only without namespaces: Landlock does not check these; they do nothing, and report success
-    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53),
-    "fchmodat2": (452, 452), "chown": (92, None), "lchown": (94, None), "fchown": (93, 55), "fchownat": (260, 54),
-    "utime": (132, None), "utimes": (235, None), "utimensat": (280, 88), "futimesat": (261, None),
-    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
-}  # fmt: skip
-AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38  # options of prctl(2)
+CAPABILITIES_V3 = struct.pack("Ii", 0x20080522, 0)  # see capget(2)
+FOR_ANOTHER_USER = {"CHOWN": 0, "DAC_OVERRIDE": 1, "FOWNER": 3, "KILL": 5, "SETGID": 6, "SETUID": 7}
 
 
 class Confinement:
-    """Confines this process, then programs that it forks. Made once, by a process with one thread and no other purpose.
+    """Confines a fork server and the programs that it forks, and a judge. Made once, by a process with one thread and
+    no other purpose, which splits in two: one returns as the fork server, and the other calls `be_judge`, which never
+    returns. The fork server ends with it.
 
-    For each program call `begin`, fork, call `enter` in the child, and `end` when it is over; at last call `leave`.
-    `missing` lists the protections that this machine lacks, each with its consequence. `directory` is an empty folder
-    that holds programs' folders where they cannot be in memory. `without` names layers to leave out, for tests.
+    For each program call `begin`, fork, call `enter` in its process, and `end` when it is over; at last call `leave`.
+    The judge calls `enter` once, before the first program, after it has set `layers` to those of the fork server.
+    `missing` lists the protections that this machine lacks, each with its consequence. `directory` does not exist yet;
+    it is made where programs' folders cannot be in memory. `without` names layers to leave out, for tests:
+    "namespaces", "Landlock", "seccomp"; "Landlock 3" leaves Landlock, but no later version than 2.
     """
 
-    def __init__(self, directory: str, file_bytes: int, without: Collection[str] = ()):
-        self.directory, self.file_bytes, self.missing = directory, file_bytes, []
-        self.parent = os.open(os.path.dirname(directory), os.O_RDONLY)  # a descriptor: a new root lacks the path
+    def __init__(
+        self, directory: str, limits: Limits, without: Collection[str], be_judge: Callable[["Confinement"], None]
+    ):
+        self.directory, self.limits, self.missing = directory, limits, []
         self.program_user: int | None = None  # the user to become in `enter`; None stays the same
-        self.namespaces = self.landlock = self.seccomp = False
+        self.namespaces = self.seccomp = False
+        self.landlock = 0  # its version; 0 is none
+        self.sources = _readable_paths()
+        self.user_tasks: int | None = None  # processes and threads of this user, if they must be counted
+        self.counted_at = 0.0
+        self.limits_at_first: list[tuple[int, int]] = []
+        newest = min((int(name.split()[1]) - 1 for name in without if name.startswith("Landlock ")), default=99)
         with contextlib.suppress(OSError):  # if the machine runs out of memory, kill programs first
             Path("/proc/self/oom_score_adj").write_text("1000")
+        os.umask(0o022)  # a program and its judge may read what the other writes
 
-        def try_layer(layer: str, consequence: str, action: Callable[[], None]) -> bool:
+        def try_layer(layer: str, consequence: str, action: Callable[[], object]) -> bool:
             """Returns whether the layer works; else notes it as missing. A child tries it: no layer can be undone."""
             reason = "left out" if layer in without else _failure_in_child(action)
             if reason is not None:
@@ -100,95 +74,177 @@ class Confinement:
             return reason is None
 
         if try_layer("namespaces", "programs can see other processes, and start none", self._try_namespaces):
-            self._enter_namespaces(at_end=self.leave)
-            consequence = "programs may make every system call"
+            self._enter_namespaces(lambda: be_judge(self))
+            consequence = "programs may make every system call, also one that changes this worker's limits"
         else:
+            os.mkdir(directory, 0o700)
+            judge = os.getpid()
+            if os.fork():
+                be_judge(self)
+            _end_with_parent(judge)
+            self.server = os.getpid()
             consequence = "programs can read and write every file that you can"
-            self.landlock = try_layer("Landlock", consequence, lambda: _landlock(directory))
-            consequence = "programs can use the network, and leave processes behind"
-        self.seccomp = try_layer("seccomp", consequence, lambda: _seccomp(alone=not self.namespaces))
-        if self.seccomp and self.namespaces:
-            _filter(None)  # cached here for all children
+            if try_layer("Landlock", consequence, lambda: _landlock(self.sources, directory, newest)):
+                self.landlock = min(newest, syscall("landlock_create_ruleset", None, 0, 1))
+            consequence = "programs can use the network, signal your other processes and change their limits, change "
+            consequence += "the modes of your files, and leave processes behind"
+        self.seccomp = try_layer("seccomp", consequence, lambda: set_filter(self._filter()))
+        if self.seccomp:
+            self._filter()  # cached here for all children
+        if sys.platform.startswith("linux"):
+            call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)  # no program of the same user can trace it, or read its memory
+            self._choose_user()
+        self.limits_at_first = []
+
+    @property
+    def layers(self) -> dict[str, Any]:
+        """What the fork server found that works."""
+        return {name: getattr(self, name) for name in ("namespaces", "landlock", "seccomp")}
+
+    @layers.setter
+    def layers(self, found: dict[str, Any]) -> None:
+        self.__dict__.update(found)
 
     def leave(self) -> None:
         """Remove the folder that held programs' folders, unless it still holds one."""
         with contextlib.suppress(OSError):
-            os.rmdir(os.path.basename(self.directory), dir_fd=self.parent)
+            os.rmdir(self.directory)
 
     def begin(self) -> str:
         """Returns a new empty directory for a program to run in."""
-        if not self.namespaces:
-            return tempfile.mkdtemp(dir=self.directory)
-        options = f"size={self.file_bytes},nr_inodes=4096,mode=777"
-        _call("mount", b"tmpfs", DIRECTORY.encode(), b"tmpfs", MS_NOSUID | MS_NODEV, options.encode())
-        return DIRECTORY
-
-    def enter(self, directory: str) -> None:
-        """Confine this process, which was forked to run a program in `directory`. This cannot be undone."""
+        self.limits_at_first = self.limits_at_first or _limits()
+        if self.namespaces:
+            namespaces.mount_memory(namespaces.DIRECTORY, self.limits.file_bytes)
+            return namespaces.DIRECTORY
+        if self.user_tasks is not None and time.monotonic() - self.counted_at > 1:
+            self.user_tasks, self.counted_at = _count_tasks(), time.monotonic()
+        directory = tempfile.mkdtemp(dir=self.directory)
         if self.program_user is not None:
+            os.chown(directory, self.program_user, os.getegid())  # the judge has this group
+            os.chmod(directory, 0o770)
+        return directory
+
+    def enter(self, directory: str, judge: bool = False) -> None:
+        """Confine this process, which runs a program in `directory`, or the judge, and set its limits. This cannot be
+        undone."""
+        if not judge and self.namespaces:
+            namespaces.uncover_scratch(self.sources, self.limits.file_bytes)
+        if self.landlock:
+            _landlock(self.sources, directory, self.landlock)
+        if self.program_user is not None:  # the judge split off before it was chosen
             os.setgroups([])
             os.setresgid(self.program_user, self.program_user, self.program_user)
             os.setresuid(self.program_user, self.program_user, self.program_user)
+        self._limit_resources(judge)
         if not sys.platform.startswith("linux"):
             return
-        if not self.namespaces:
-            _call("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-        if _number("capset"):
-            _syscall(_number("capset"), struct.pack("Ii", 0x20080522, 0), bytes(24))  # no capabilities
-        _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        if self.landlock:
-            _landlock(directory)
+        if not judge and not self.namespaces:  # after the change of user, which would clear it
+            _end_with_parent(self.server)
+        call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
+        if number("capset"):
+            syscall("capset", CAPABILITIES_V3, bytes(24))  # none
+        call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         if self.seccomp:
-            _seccomp(alone=not self.namespaces)
+            set_filter(self._filter(judge))
 
-    def end(self, pid: int, directory: str) -> float:
-        """Kill the program `pid` and all processes that it started, and remove its directory. Returns its CPU seconds,
-        or 0 if it was waited for before."""
-        cpu_seconds = 0.0
+    def end(self, directory: str, *pids: int) -> dict[int, float]:
+        """Kill these processes and all that they started, and remove their directory. Returns the CPU seconds of those
+        that were not waited for before."""
         if self.namespaces:  # for process 1, pid -1 means all others in its namespace; one call leaves no time to fork
             _quietly(os.kill, -1, signal.SIGKILL)
         else:
-            _quietly(os.killpg, pid, signal.SIGKILL)
-            _quietly(os.kill, pid, signal.SIGKILL)
+            for pid in pids:
+                _quietly(os.killpg, pid, signal.SIGKILL)
+                _quietly(os.kill, pid, signal.SIGKILL)
+        cpu_seconds = {}
         while ended := _quietly(os.wait4, -1, 0):
-            ended_pid, _, usage = ended
-            if ended_pid == pid:
-                cpu_seconds = usage.ru_utime + usage.ru_stime
+            pid, _, usage = ended
+            if pid in pids:
+                cpu_seconds[pid] = usage.ru_utime + usage.ru_stime
         if self.namespaces:
-            _call("umount2", DIRECTORY.encode(), MNT_DETACH)
+            namespaces.unmount(namespaces.DIRECTORY)
         else:
             remove(directory)
         return cpu_seconds
 
+    def changed_limits(self) -> bool:
+        """Returns whether a program changed limits of this process or the judge; only the lack of a layer allows it."""
+        return self.limits_at_first not in ([], _limits())
+
     def _try_namespaces(self) -> None:
         """Raises OSError unless a program in namespaces would have a directory, and could read Python's files."""
-        self._enter_namespaces(at_end=lambda: None)
+        self._enter_namespaces(namespaces.wait_for_child)
         self.enter(self.begin())
         Path(sysconfig.get_paths()["stdlib"], "os.py").read_bytes()
 
-    def _enter_namespaces(self, at_end: Callable[[], None]) -> None:
-        """Go on as process 1 of new namespaces. The process that called this waits outside for process 1 to end, then
-        calls `at_end` and exits."""
-        uid, gid = os.geteuid(), os.getegid()
-        sources = _readable_paths()
-        os.umask(0o022)
-        mapped = _unshare_with_maps(uid, gid)
-        pid = os.fork()
-        if pid:
-            os.closerange(0, 2)  # only process 1 reads requests and answers them
-            status = os.waitpid(pid, 0)[1]
-            at_end()
-            os._exit(abs(os.waitstatus_to_exitcode(status)))
-        _call("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-        if mapped:
-            self.program_user = PROGRAM_USER
-        elif uid == 0:
-            self.missing.append(f"user {NOBODY}: programs run as root, whose processes are not limited in number")
-        _new_root(sources)
+    def _enter_namespaces(self, stay_outside: Callable[[], None]) -> None:
+        """Go on as process 1 of new namespaces."""
+        is_root = os.geteuid() == 0
+        if namespaces.enter(self.sources, stay_outside):
+            self.program_user = namespaces.PROGRAM_USER
+        elif is_root:
+            self.missing.append(f"user {namespaces.NOBODY}: programs run as root, and start any number of processes")
         for capability in range(64):  # no exec gives a program capabilities; this process keeps its own
-            _quietly(_call, "prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
-        _call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
+            _quietly(call, "prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
         self.namespaces = True
+
+    def _choose_user(self) -> None:
+        """Where root would run programs without namespaces, choose another user for them, of this worker alone. Note
+        what their user cannot read, and a number of processes that cannot be limited."""
+        folders = [os.path.realpath(path) for path in sys.path if path and os.path.exists(path)]
+        files = [os.path.join(path, name) for path in folders if os.path.isdir(path) for name in os.listdir(path)]
+        if not self.namespaces and os.geteuid() == 0:
+            self.program_user = namespaces.NOBODY - 1 - os.getpid() % 4000
+            os.chmod(self.directory, 0o711)
+            lacking = _lacking_capabilities()
+            paths = [os.path.join(self.directory, "any"), *folders]
+            if reason := lacking or self._failure_of_program(lambda: _check_readable(paths)):
+                self.program_user = None
+                self.missing.append(f"another user ({reason}): programs run as root, and start any number of threads")
+        if self.program_user is not None:
+            if reason := self._failure_of_program(lambda: _check_readable(folders + files)):
+                self.missing.append(f"some packages ({reason}): programs cannot import them")
+        elif not self.namespaces:
+            self.user_tasks = _count_tasks()
+            if reason := self._failure_of_program(_start_thread):
+                self.user_tasks = None
+                self.missing.append(f"a limit of threads ({reason}): programs start any number of them")
+
+    def _failure_of_program(self, action: Callable[[], object]) -> str | None:
+        """Returns why a program cannot do `action`; None if it can."""
+        try:
+            directory = self.begin()
+        except OSError as error:
+            return error.strerror
+        try:
+            return _failure_in_child(lambda: (self.enter(directory), action()))
+        finally:
+            self.end(directory)
+
+    def _limit_resources(self, judge: bool) -> None:
+        """Set the limits of this process. That of processes and threads counts all that its user has."""
+        limits = self.limits
+        values = {"RLIMIT_AS": limits.memory_bytes, "RLIMIT_CORE": 0}
+        values |= {"RLIMIT_FSIZE": limits.file_bytes, "RLIMIT_NOFILE": limits.open_files}
+        if not judge:  # which serves many checks
+            values["RLIMIT_CPU"] = int(limits.timeout_s) + 2
+        if self.namespaces or self.program_user is not None:
+            values["RLIMIT_NPROC"] = limits.processes
+        elif self.user_tasks is not None:  # the programs of other workers count too
+            values["RLIMIT_NPROC"] = self.user_tasks + limits.processes * (os.cpu_count() or 1)
+        for name, value in values.items():
+            try:
+                hard = resource.getrlimit(getattr(resource, name))[1]
+                value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+                resource.setrlimit(getattr(resource, name), (value, value))
+            except (OSError, ValueError, AttributeError):
+                pass  # macOS has no limit on address space
+
+    def _filter(self, judge: bool = False) -> bytes:
+        """Returns the seccomp filter for this process. Outside of the namespace of processes, one may start none."""
+        if self.namespaces and not judge:
+            return filter_code()
+        return filter_code(alone=os.getpid(), truncation=self.namespaces or self.landlock >= 3)
 
 
 def _readable_paths() -> list[str]:
@@ -200,184 +256,109 @@ def _readable_paths() -> list[str]:
     return [path for path in found if not any(path.startswith(outer + "/") for outer in found)]
 
 
-def _unshare_with_maps(uid: int, gid: int) -> bool:
-    """Enter new namespaces of every kind, as their root. Returns whether they have a second user for programs."""
-    ready, tell = os.pipe()
-    pid = os.getpid()
-    helper = os.fork()  # only a process outside may map users other than itself
-    if helper == 0:
-        os.close(tell)
-        os._exit(_map_users(pid, uid, gid) if os.read(ready, 1) else 0)
-    os.close(ready)
-    try:
-        _call("unshare", ALL_NAMESPACES)
-        os.write(tell, b".")
-    finally:
-        os.close(tell)
-        n_users = os.waitstatus_to_exitcode(os.waitpid(helper, 0)[1])
-    if n_users == 0:
-        raise PermissionError(errno.EPERM, "user ids cannot be mapped")
-    return n_users == 2
-
-
-def _map_users(pid: int, uid: int, gid: int) -> int:
-    """Give the new namespaces of process `pid` their users, and return how many. Root can map a second one for
-    programs, which is nobody outside; any other user can map only itself."""
-    folder = Path(f"/proc/{pid}")
-    if uid == 0:
-        with contextlib.suppress(OSError):
-            for name in ("uid_map", "gid_map"):
-                (folder / name).write_text(f"0 0 1\n{PROGRAM_USER} {NOBODY} 1\n")
-            return 2
-    with contextlib.suppress(OSError):
-        (folder / "setgroups").write_text("deny")
-        (folder / "uid_map").write_text(f"0 {uid} 1\n")
-        (folder / "gid_map").write_text(f"0 {gid} 1\n")
-        return 1
-    return 0
-
-
-def _new_root(sources: list[str]) -> None:
-    """Change to a root that holds only the sources, read-only, and an empty DIRECTORY."""
-    _call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
-    new = "/proc"  # exists on every Linux, and holds no source
-    _call("mount", b"tmpfs", new.encode(), b"tmpfs", MS_NOSUID | MS_NODEV, b"size=1m,mode=755")
-    read_only = struct.pack("QQQQ", MS_RDONLY | MS_NOSUID, 0, 0, 0)
-    for source in sources:
-        target = new + source
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        if os.path.islink(source):
-            real = os.path.realpath(source)
-            if any(real == other or real.startswith(other + "/") for other in sources):
-                os.symlink(real, target)
-                continue
-        if os.path.isdir(source):
-            os.makedirs(target, exist_ok=True)
-        else:
-            open(target, "w").close()
-        _call("mount", source.encode(), target.encode(), None, MS_BIND | MS_REC, None)
-        _syscall(MOUNT_SETATTR, AT_FDCWD, target.encode(), AT_RECURSIVE, read_only, len(read_only))
-    os.mkdir(new + DIRECTORY)
-    for alias in ("/tmp", "/dev/shm"):
-        if not os.path.exists(new + alias):  # Python may be below /tmp
-            os.symlink(DIRECTORY, new + alias)
-    os.chdir(new)
-    _syscall(_number("pivot_root"), b".", b".")
-    _call("umount2", b".", MNT_DETACH)
-    os.chdir("/")
-    _call("mount", None, b"/", None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV, None)
-
-
-def _landlock(directory: str) -> None:
-    """Allow this process to read only `_readable_paths`, and to write only below `directory`."""
-    version = _syscall(LANDLOCK_CREATE, None, 0, 1)
-    execute, write_file, read_file, read_dir = 1, 2, 4, 8
+def _landlock(sources: list[str], directory: str, newest: int) -> None:
+    """Allow this process to read only the sources, and to write only below `directory`. Uses nothing that Landlock got
+    after its version `newest`."""
+    if newest < 1:
+        raise OSError(errno.ENOSYS, "left out")
+    version = min(newest, syscall("landlock_create_ruleset", None, 0, 1))
+    execute, write_file, read_file, read_dir, device = 1, 2, 4, 8, 1 << 15
     files = (1 << 12 + min(version, 3)) - 1  # 13 rights; version 2 adds moving between folders, 3 truncating
+    if version >= 5:
+        files |= device  # commands to devices
     attributes = struct.pack("Q", files)
     if version >= 4:
         attributes += struct.pack("Q", 3)  # network: bind to ports, connect to ports
     if version >= 6:
         attributes += struct.pack("Q", 3)  # scope: connect to abstract sockets, send signals
-    ruleset = _syscall(LANDLOCK_CREATE, attributes, len(attributes), 0)
-    rules = [(path, execute | read_file | read_dir) for path in _readable_paths()] + [(directory, files)]
+    ruleset = syscall("landlock_create_ruleset", attributes, len(attributes), 0)
+    rules = [(path, execute | read_file | read_dir) for path in sources] + [(directory, files)]
     for path, rights in rules:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         if path.startswith("/dev/"):
-            rights |= write_file
+            rights |= write_file | device
         if not os.path.isdir(path):
-            rights &= execute | write_file | read_file
-        _syscall(LANDLOCK_ADD, ruleset, 1, struct.pack("=Qi", rights, fd), 0)
+            rights &= execute | write_file | read_file | device
+        syscall("landlock_add_rule", ruleset, 1, struct.pack("=Qi", rights & files, fd), 0)
         os.close(fd)
-    _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    _syscall(LANDLOCK_RESTRICT, ruleset, 0)
+    call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    syscall("landlock_restrict_self", ruleset, 0)
     os.close(ruleset)
 
 
-def _seccomp(alone: bool) -> None:
-    """Deny this process the system calls of DENIED. With `alone` it can also start no process and signal no other."""
-    code = _filter(os.getpid() if alone else None)
-    buffer = ctypes.create_string_buffer(code)
-    program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(buffer))
-    _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    _call("prctl", PR_SET_SECCOMP, 2, program, 0, 0)
+def _check_readable(paths: list[str]) -> None:
+    """Raises PermissionError at the first path that this process cannot read, and says how to open it."""
+    for path in paths:
+        if os.path.exists(path) and not os.access(path, os.R_OK | (os.X_OK if os.path.isdir(path) else 0)):
+            raise PermissionError(errno.EACCES, f"{path} is hidden from other users; chmod -R go+rX {path} helps")
+    for folder in sorted({folder for path in paths for folder in Path(path).parents}):
+        if not os.access(folder, os.X_OK):
+            raise PermissionError(errno.EACCES, f"{folder} is closed to other users; chmod go+x {folder} helps")
 
 
-@functools.cache
-def _filter(pid: int | None) -> bytes:
-    """Returns a seccomp filter as a BPF program: for the process `pid` to be alone, or for any process."""
-    alone = pid is not None
-    machine = platform.machine()
-    if machine not in AUDIT_ARCH:
-        raise OSError(errno.ENOSYS, f"no filter for {machine}")
-    load, equal, at_least, any_bit, mask, give = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06  # BPF instructions
-    allow, pretend, deny, unknown = 0x7FFF0000, 0x50000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
-    number, arch, argument = 0, 4, 16  # offsets in struct seccomp_data
-    code = [(load, 0, 0, arch), (equal, 1, 0, AUDIT_ARCH[machine]), (give, 0, 0, deny), (load, 0, 0, number)]
-    if machine == "x86_64":
-        code += [(at_least, 0, 1, 0x40000000), (give, 0, 0, deny)]  # the x32 calls
-    answers = dict.fromkeys(DENIED, deny) | {"clone3": unknown}  # libc uses clone where clone3 is unknown
-    if alone:
-        answers |= dict.fromkeys(DENIED_ALONE, deny) | dict.fromkeys(PRETENDED, pretend)  # shutil.copy must not fail
-    for name, answer in answers.items():
-        nr = (DENIED | DENIED_ALONE | PRETENDED)[name][machine == "aarch64"]
-        if nr is not None:
-            code += [(equal, 0, 1, nr), (give, 0, 0, answer)]
-
-    def unless(name: str, *checks: tuple[int, int, int, int]) -> None:
-        """Deny the call unless the checks allow it, which begin with its first argument."""
-        block = [(load, 0, 0, argument), *checks, (give, 0, 0, deny)]
-        code.extend([(equal, 0, len(block), _number(name)), *block])
-
-    if alone:
-        unless("clone", (any_bit, 0, 1, CLONE_THREAD), (give, 0, 0, allow))
-        for name in ("kill", "tgkill"):
-            unless(name, (equal, 0, 1, pid), (give, 0, 0, allow))
-    else:
-        unless("clone", (any_bit, 1, 0, ALL_NAMESPACES), (give, 0, 0, allow))
-    unless("prlimit64", (equal, 0, 1, 0), (give, 0, 0, allow))
-    # Only pairs of streams: a datagram could be sent to any address.
-    unless("socketpair", (load, 0, 0, argument + 8), (mask, 0, 0, 0xF), (equal, 0, 1, 1), (give, 0, 0, allow))
-    code.append((give, 0, 0, allow))
-    return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
+def _lacking_capabilities() -> str | None:
+    """Returns what this process lacks to run programs as another user; None if it has all."""
+    found = ctypes.create_string_buffer(24)
+    if number("capget") is None:
+        return "on an unknown machine"
+    syscall("capget", CAPABILITIES_V3, found)
+    effective = struct.unpack_from("I", found)[0]
+    lacking = [f"CAP_{name}" for name, bit in FOR_ANOTHER_USER.items() if not effective >> bit & 1]
+    return f"without {', '.join(lacking)}" if lacking else None
 
 
-def _number(call: str) -> int | None:
-    """Returns a system call's number on this machine; None if the machine is unknown."""
-    return CALLS[call][platform.machine() == "aarch64"] if platform.machine() in AUDIT_ARCH else None
+def _start_thread() -> None:
+    """Raises OSError if this process cannot start a thread."""
+    try:
+        threading.Thread(target=int).start()
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, "this user has others, out of sight") from error
 
 
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
+def _count_tasks() -> int:
+    """Returns how many processes and threads this user has, as far as /proc shows."""
+    total = 0
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):
+            found = re.search(rb"\nUid:\t(\d+)(?:.*\n)*?Threads:\t(\d+)", status.read_bytes())
+            total += int(found[2]) if found and int(found[1]) == os.getuid() else 0
+    return total
 
 
-def _call(name: str, *arguments: bytes | int | None) -> int:
-    """Call a function of libc. Raises OSError."""
-    # ints are passed as longs, because a variadic prctl reads whole registers
-    result = getattr(_libc(), name)(*(ctypes.c_long(a) if isinstance(a, int) else a for a in arguments))
-    if result < 0:
-        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
-    return result
+def _end_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends."""
+    with contextlib.suppress(OSError, AttributeError):  # Linux has this
+        call("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
-def _syscall(number: int, *arguments: bytes | int | None) -> int:
-    return _call("syscall", number, *arguments)
+def _limits() -> list[tuple[int, int]]:
+    """Returns the limits of this process, and of the judge where it is within reach: namespaces show no parent."""
+    kinds = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
+    limit = getattr(resource, "prlimit", lambda _, kind: resource.getrlimit(kind))  # Linux has it
+    return [limit(pid, kind) for pid in (0, os.getppid()) for kind in kinds]
 
 
-def _failure_in_child(action: Callable[[], None]) -> str | None:
+def _failure_in_child(action: Callable[[], object]) -> str | None:
     """Try `action` in a forked process. Returns why it fails; None if it works."""
+    answer, tell = os.pipe()
     pid = os.fork()
     if pid == 0:
-        code = 255
+        reason = "not on this system"
         try:
             action()
-            code = 0
+            reason = "works"
         except OSError as error:
-            code = error.errno if error.errno and error.errno < 255 else 255
+            reason = error.strerror or str(error)
         finally:
-            os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return {0: None, 255: "not on this system"}.get(code, os.strerror(abs(code)))
+            os.write(tell, reason.encode())
+            os._exit(0)
+    os.close(tell)
+    with open(answer, encoding="utf-8") as file:
+        reason = file.read()
+    os.waitpid(pid, 0)
+    return None if reason == "works" else reason or "killed"
 
 
 def _quietly(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -4,43 +4,54 @@
         result = sandbox.run("def add(a, b):\\n    return a + b\\n", "assert add(1, 2) == 3")
         print(result.outcome, result.error, result.line)  # passed None None
 
-Every worker process runs one program at a time. forkserver.py times it and says when it passes, and confine.py what it
-may do. A program that timed out while others took its processor runs once more, alone, at the end (`run_many`). A
-worker that dies or hangs is replaced.
+Every worker serves one program at a time. Its fork server (forkserver.py) forks the program and a judge, which runs the
+check and asks the program for what the check calls (judge.py, channel.py); confine.py says what both may do. A worker
+that dies or hangs is replaced, and its program runs again.
 """
 
 import contextlib
 import json
+import marshal
 import os
+import secrets
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+from sandbox.checks import prepare
 from sandbox.confine import remove
-from sandbox.verdict import COMMON, GRACE_S, KILLED, TIMED_OUT, Limits, Result
+from sandbox.verdict import COMMON, FAILED, GRACE_S, HEADER, KILLED, PATIENCE, SHARED, Limits, Result
 
-FORK_SERVER = Path(__file__).with_name("forkserver.py")
-
-LOST = "worker"  # Result.error of a program whose worker died
-UNDISTURBED = 0.9  # a program that had a processor to itself used it for at least this share of the time
+ROOT = Path(__file__).parents[1]
+TRIES = 5  # of a program whose worker dies, and of starting a worker
 
 Program = tuple[str, str, str]  # program, check, entry_point
-Job = tuple[int, Program]  # a program and its index among the programs of a run
+
+
+class _Job(NamedTuple):
+    index: int  # of the program among those of a run
+    program: Program
+    needs_sharing: str | None  # why it has to run in one interpreter with its check
+    tries: int = 1
 
 
 class Sandbox(contextlib.AbstractContextManager):
     """`workers` processes, at most one per core, that run programs under `limits`. A context manager.
 
     `preload` names modules that each worker imports once, before it runs programs. `without` names protections to leave
-    out, for tests. Prints a warning for each protection that this machine lacks, once per process.
+    out, for tests. A check that cannot run apart from its program runs in one interpreter with it, and the result is
+    flagged `shared`; `strict` fails it instead, with the error SHARED. Prints a warning for each protection that this
+    machine lacks, once per process. Raises OSError if no worker starts.
     """
 
     _warned: ClassVar[set[str]] = set()
@@ -51,15 +62,23 @@ class Sandbox(contextlib.AbstractContextManager):
         limits: Limits | None = None,
         preload: Collection[str] = (),
         without: Collection[str] = (),
+        strict: bool = False,
     ):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         limits = limits or Limits()
-        self.timeout_s = limits.timeout_s
+        self.strict = strict
         settings = {"limits": asdict(limits), "preload": [*COMMON, *preload], "without": list(without)}
         self._running = threading.Lock()
-        self._workers = [_Worker(settings) for _ in range(max(1, min(workers or cores, cores)))]
-        greetings = [worker.wait_until_ready() for worker in self._workers]
-        self.missing = greetings[0]["missing"]
+        self._workers: list[_Worker] = []
+        try:
+            for _ in range(max(1, min(workers or cores, cores))):
+                self._workers.append(_Worker(settings))
+            for worker in self._workers:
+                worker.wait_until_ready()
+        except BaseException:
+            self.close()
+            raise
+        self.missing = self._workers[0].missing
         for protection in self.missing:
             if protection not in Sandbox._warned:
                 Sandbox._warned.add(protection)
@@ -83,45 +102,52 @@ class Sandbox(contextlib.AbstractContextManager):
     def run_many(self, programs: Iterable[Program]) -> Iterator[tuple[int, Result]]:
         """Run each (program, check, entry_point). Yields its index and its result, in the order in which they end.
 
-        A loaded machine should fail no correct program. So a program that timed out without a processor to itself runs
-        once more after all others, with no other beside it. So does one whose worker died. Raises RuntimeError if the
-        sandbox is closed, or busy with another run.
+        The time limit of a program whose processor others take is longer (forkserver.py), so that a loaded machine
+        fails no correct program. A program whose worker died runs again. Raises RuntimeError if the sandbox is closed,
+        or busy with another run, and OSError if a worker cannot be replaced.
         """
         if not self._running.acquire(blocking=False):
             raise RuntimeError("the sandbox is running other programs; use one for each caller")
-        busy: dict[_Worker, Job] = {}
-        again: list[Job] = []
+        busy: dict[_Worker, _Job] = {}
+        fresh = (_Job(index, program, prepare(program[1]).needs_sharing) for index, program in enumerate(programs))
+        again: deque[_Job] = deque()
         try:
-            for job, result in self._run_parallel(programs, busy):
-                starved = result.outcome == TIMED_OUT and result.cpu_seconds < UNDISTURBED * self.timeout_s
-                if starved or result.error == LOST:
-                    again.append(job)
-                else:
-                    yield job[0], result
-            for index, program in again:
-                ((_, result),) = self._run_parallel([program], busy)
-                yield index, result
+            while True:
+                if not self._workers:
+                    raise RuntimeError("the sandbox is closed")
+                for worker in self._workers:
+                    while worker not in busy and (job := again.popleft() if again else next(fresh, None)) is not None:
+                        if job.needs_sharing and self.strict:
+                            yield job.index, Result(FAILED, SHARED, message=job.needs_sharing, shared=True)
+                        else:
+                            busy[worker] = job
+                            worker.send(job)
+                if not busy:
+                    return
+                for worker in _Worker.ready(busy):
+                    answer, job = worker.receive(), busy.pop(worker)
+                    if answer is None and job.tries < TRIES:
+                        again.append(job._replace(tries=job.tries + 1))
+                    elif answer is None:
+                        yield job.index, Result(KILLED, "sandbox", message="the process that ran it died or hung")
+                    elif "needs_sharing" not in answer:
+                        yield job.index, Result(**answer)
+                    else:
+                        again.append(job._replace(needs_sharing=answer["needs_sharing"]))
         finally:
             for worker in busy:  # the caller left early
                 if worker in self._workers:
                     worker.restart()
             self._running.release()
 
-    def _run_parallel(self, programs: Iterable[Program], busy: dict["_Worker", Job]) -> Iterator[tuple[Job, Result]]:
-        """Run programs on all workers, and keep those that are running in `busy`. Yields results as programs end."""
-        waiting = enumerate(programs)
-        while True:
-            if not self._workers:
-                raise RuntimeError("the sandbox is closed")
-            for worker in self._workers:
-                if worker not in busy and (job := next(waiting, None)) is not None:
-                    worker.send(*job[1])
-                    busy[worker] = job
-            if not busy:
-                return
-            for worker in _Worker.ready(busy):
-                result = worker.receive()
-                yield busy.pop(worker), result
+
+def _request(program: str, check: str, entry_point: str, shared: bool) -> bytes:
+    """Returns what a worker reads: how many bytes each half has, the judge's half, the program's half."""
+    n_lines = program.count("\n") + (not program.endswith("\n"))
+    prepared = prepare(check)
+    check_half = marshal.dumps((check if shared else prepared.code, entry_point, n_lines, prepared.modules))
+    halves = check_half, marshal.dumps((program, prepared.imports))
+    return struct.pack(HEADER, shared, *map(len, halves)) + b"".join(halves)
 
 
 class _Worker:
@@ -129,6 +155,7 @@ class _Worker:
 
     def __init__(self, settings: dict[str, Any]):
         self.settings, self.timeout_s = settings, settings["limits"]["timeout_s"]
+        self.missing: list[str] = []  # protections that this machine lacks
         self.start()
 
     def start(self) -> None:
@@ -136,59 +163,62 @@ class _Worker:
         environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
         environment |= {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
         environment |= {"HOME": os.path.expanduser("~"), "PYTHONDONTWRITEBYTECODE": "1"}
-        self.directory = tempfile.mkdtemp(prefix="sandbox-")  # holds programs' folders where they cannot be in memory
-        command = [sys.executable, str(FORK_SERVER), json.dumps({**self.settings, "directory": self.directory})]
+        # The fork server makes this folder if programs' folders cannot be in memory.
+        self.directory = os.path.join(_temporary_folder(), f"sandbox-{secrets.token_hex(8)}")
+        settings = json.dumps({**self.settings, "directory": self.directory})
+        command = [sys.executable, "-m", "sandbox.forkserver", settings]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd="/", start_new_session=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=ROOT, start_new_session=True
         )
         self.deadline = time.monotonic() + 60
 
-    def wait_until_ready(self) -> dict[str, Any]:
-        """Returns what the process says when it is ready. Raises RuntimeError if it never is."""
-        line = self._read_line()
-        if line is None:
+    def wait_until_ready(self) -> None:
+        """Start it again if it dies while it starts. Raises OSError if it never is ready."""
+        for _ in range(TRIES):
+            if (greeting := self._read_line()) is not None:
+                self.missing = greeting["missing"]
+                return
             self.close()
-            raise RuntimeError("the sandbox does not start; see the error above")
-        return json.loads(line)
+            self.start()
+        self.close()
+        raise OSError(f"the sandbox's worker does not start; it needs a folder that can be written: {_temporary_folder()}")
 
-    def send(self, *program: str) -> None:
-        self.deadline = time.monotonic() + self.timeout_s + GRACE_S + 60
-        message = json.dumps(program).encode() + b"\n"
+    def send(self, job: _Job) -> None:
+        self.deadline = time.monotonic() + PATIENCE * self.timeout_s + GRACE_S + 120
         try:
-            self.process.stdin.write(message)
+            self.process.stdin.write(_request(*job.program, shared=job.needs_sharing is not None))
             self.process.stdin.flush()
         except BrokenPipeError:  # `receive` handles a worker that has died
             pass
 
-    def receive(self) -> Result:
-        """Returns the result. Replaces a worker that died or hangs; its program counts as killed."""
-        line = self._read_line()
-        if line is None:
+    def receive(self) -> dict[str, Any] | None:
+        """Returns the answer. None stands for that of a worker that died or hangs, which is replaced."""
+        answer = self._read_line()
+        if answer is None or answer.pop("last"):
             self.restart()
-            return Result(KILLED, LOST, message="the process that ran it died or hung")
-        return Result(**json.loads(line))
+        return answer
 
     def restart(self) -> None:
-        self.close()
+        self.close(at_once=True)
         self.start()
         self.wait_until_ready()
 
-    def close(self) -> None:
+    def close(self, at_once: bool = False) -> None:
         with contextlib.suppress(BrokenPipeError):  # the process has died
             self.process.stdin.close()
         try:
-            self.process.wait(0 if time.monotonic() > self.deadline else 5)
+            self.process.wait(0 if at_once or time.monotonic() > self.deadline else 5)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         self.process.stdout.close()
         remove(self.directory)
 
-    def _read_line(self) -> bytes | None:
-        """Returns a whole line; None if the process died or `deadline` has passed."""
+    def _read_line(self) -> dict[str, Any] | None:
+        """Returns a whole line of JSON; None if the process died or `deadline` has passed."""
         output = self.process.stdout
         line = output.readline() if wait([output], max(0.0, self.deadline - time.monotonic())) else b""
-        return line if line.endswith(b"\n") else None
+        return json.loads(line) if line.endswith(b"\n") else None
 
     @staticmethod
     def ready(workers: Collection["_Worker"]) -> list["_Worker"]:
@@ -198,3 +228,10 @@ class _Worker:
         answered = wait(outputs, max(0.0, deadline - time.monotonic()))
         late = [worker for worker in workers if time.monotonic() > worker.deadline]
         return [outputs[output] for output in answered] or late
+
+
+def _temporary_folder() -> str:
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError:  # no folder can be written, which matters only where the fork server needs one
+        return os.environ.get("TMPDIR", "/tmp")

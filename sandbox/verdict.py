@@ -4,21 +4,25 @@ from dataclasses import dataclass
 
 PASSED, FAILED, TIMED_OUT, OUT_OF_MEMORY, KILLED = "passed", "failed", "timed out", "out of memory", "killed"
 OUTCOMES = (PASSED, FAILED, TIMED_OUT, OUT_OF_MEMORY, KILLED)
-# Imported before any program starts, because programs often use them. Those that a check names are restored before it.
+SHARED = "shared"  # Result.error where strict refuses to run check and program in one interpreter
+# Imported before any program starts, because programs often use them. Where a program shares an interpreter with its
+# check, those that the check names are put back before it.
 COMMON = (
     "bisect", "collections", "copy", "datetime", "functools", "heapq", "itertools", "math", "operator", "random",
     "re", "string", "typing",
 )  # fmt: skip
-GRACE_S = 1.0  # seconds that a program has to end once it has passed, or its output once it has ended
+GRACE_S = 1.0  # seconds that output and exit status may take to come after the verdict
+PATIENCE = 10  # times its limit that a program may take, if others take its processor
+HEADER = ">?QQ"  # of a request, for struct: in one interpreter or not, bytes of the check's half and the program's
 
 
 @dataclass(frozen=True)
 class Limits:
-    timeout_s: float = 3.0  # wall-clock seconds for the whole program, its check included
+    timeout_s: float = 3.0  # seconds for the whole program, its check included: wall-clock time unless it is starved
     memory_bytes: int = 4 * 2**30  # address space of each process
     file_bytes: int = 64 * 2**20  # of one file and, in namespaces, of all files together
-    processes: int = 64  # processes and threads at once
-    open_files: int = 64
+    processes: int = 256  # processes and threads at once
+    open_files: int = 256
     output_bytes: int = 2**16  # how much of its output is kept; the rest is read and dropped
 
 
@@ -30,7 +34,8 @@ class Result:
     message: str = ""  # the exception's message
     output: str = ""  # stdout and stderr, interleaved
     seconds: float = 0.0  # wall-clock time
-    cpu_seconds: float = 0.0  # processor time of the program's first process
+    cpu_seconds: float = 0.0  # processor time of the program's first process and of its judge
+    shared: bool = False  # whether check and program had to share an interpreter, where a program can forge its verdict
 
     @property
     def passed(self) -> bool:

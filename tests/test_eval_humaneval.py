@@ -106,7 +106,7 @@ def test_what_is_kept_of_an_evaluation(write_solutions, run_folder, problems_fil
     assert samples[1]["task_id"] == "T/one" and samples[1]["completion"] == PROBLEMS[0]["canonical_solution"]
     assert samples[1]["raw"].endswith("\n\ndef") and samples[1]["finish"] == "stop"
     results = [json.loads(line) for line in (folders[0] / "results.jsonl").read_text().splitlines()]
-    assert [list(result) for result in results] == [["task_id", "passed", "outcome", "detail"]] * 12
+    assert [list(result) for result in results] == [["task_id", "passed", "outcome", "detail", "shared"]] * 12
     assert [result["passed"] for result in results] == [False, True, True, True] * 3
 
 
@@ -167,6 +167,29 @@ def test_samples_made_elsewhere(problems_file, tmp_path, run_program):
     ]
     (tmp_path / "made.jsonl.gz").write_bytes(gzip.compress((tmp_path / "made.jsonl").read_bytes()))
     assert run_program(eval_humaneval, HumanEvalConfig, flags[0] + ".gz", *flags[1:])[0] == 0
+
+
+def test_programs_that_must_share_an_interpreter_with_their_check_are_counted_or_fail(tmp_path, run_program):
+    problem = {**PROBLEMS[0], "test": "class Mine(Base): pass\n" + PROBLEMS[0]["test"]}
+    problem |= {"task_id": "T/base", "prompt": "class Base: pass\n\n" + problem["prompt"]}
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, [*PROBLEMS, problem])))
+    rows = [{"task_id": p["task_id"], "completion": p["canonical_solution"]} for p in (*PROBLEMS, problem)]
+    (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = (f"--samples={tmp_path / 's.jsonl'}", f"--problems={tmp_path / 'p.jsonl'}", "--allow_code_execution=True")
+    for strict, n_passed in ((), 5), (("--strict",), 4):
+        code, out, _ = run_program(eval_humaneval, HumanEvalConfig, *flags, "--k=1", *strict)
+        assert code == 0 and f"passed {n_passed}, failed {5 - n_passed}" in out
+        assert f"with their check: 1 samples, of which passed {n_passed - 4} (0 suspicious); the solutions of 1" in out
+        summary = json.loads((tmp_path / "s.summary.json").read_text())
+        assert (summary["shared"], summary["shared_problems"]) == (1, ["T/base"])
+        results = [json.loads(line) for line in (tmp_path / "s.results.jsonl").read_text().splitlines()]
+        assert [result["shared"] for result in results] == [False] * 4 + [True]
+
+
+def test_a_sandbox_that_does_not_start_is_one_line(problems_file, run_program, run_folder, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    code, out, err = run_program(eval_humaneval, HumanEvalConfig, *arguments(run_folder, problems_file))
+    assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_the_program_reads_a_prompt_from_anywhere_and_streams(run_config, run_pr
         (["--prompt=x", "--stop=[1]"], "--stop=[1]: wants a text"),
         (["--prompt=x", "--out_dir=nowhere"], "nowhere: no such checkpoint"),
         (["--prompt=x", "--checkpoint=first"], "--checkpoint=first: not one of last, best"),
-        (["--prompt=>>>x", "--verify=doctest"], "the prompt's doctests are malformed: line 1"),
+        (['--prompt="""\n>>>x\n"""', "--verify=doctest"], "the prompt's doctests are malformed: line 2"),
         (["--prompt=x", f"--tests={sys.executable}"], "not UTF-8 text; convert it first"),
     ],
 )
@@ -75,7 +75,14 @@ def test_a_completion_cannot_do_away_with_the_doctests(run_config, run_program, 
     prompt = 'def double(n):\n    """\n    >>> double(2)\n    4\n    """\n'
     settings = (f"--out_dir={run_config.out_dir}", "--device=cpu", "--verify=doctest")
     code, _, err = run_program(sample, SampleConfig, *settings, f"--prompt={prompt}")
-    assert code == 1 and "only 0 doctests are left" in err
+    assert code == 1 and "1 of 1 doctests fail; the first: double(2): expected 4, got 3" in err
     code, _, err = run_program(sample, SampleConfig, *settings, "--prompt=def f():")
     assert code == 2 and "the prompt has no doctests" in err
     assert run_program(sample, SampleConfig, *settings, "--prompt=x", "--verify=tests")[0] == 2
+
+
+def test_a_sandbox_that_does_not_start_is_one_line_before_anything_is_written(run_program, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    prompt = 'def one():\n    """\n    >>> one()\n    1\n    """\n'
+    code, out, err = run_program(sample, SampleConfig, "--out_dir=missing", "--verify=doctest", f"--prompt={prompt}")
+    assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and "missing" not in err

@@ -152,6 +152,13 @@ def test_mistakes_are_one_line(run_folder, run_program, tmp_path):
         assert code == 2 and out == "" and message in err and "Traceback" not in err, wrong
 
 
+def test_a_sandbox_that_does_not_start_is_one_line_before_anything_is_answered(run_folder, run_program, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    arguments = [f"--out_dir={run_folder}", "--device=cpu", "--port=0", "--allow_code_execution=True"]
+    code, out, err = run_program(serve, ServeConfig, *arguments)
+    assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
+
+
 def test_the_openai_package_completes(run_folder):
     openai = pytest.importorskip("openai")
     model, tokenizer, _ = load(str(run_folder), torch.device("cpu"))

@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_eval_humaneval import PROBLEMS
 
-from evaluation.during_training import QuickScore
+from data.tokenizer import load_tokenizer
+from evaluation.during_training import QuickScore, describe_score
 from runtime.config import load_config
 from train import TrainConfig, train
 from weights.checkpoint import read
@@ -58,6 +59,20 @@ def test_training_reports_what_runs_and_its_weights_are_the_same(run_arguments, 
     train(load_config(TrainConfig, [*run_arguments, f"--out_dir={tmp_path / 'plain'}"]))
     scored, plain = (read(tmp_path / name / "last.pt")["model"] for name in ("run", "plain"))
     assert all(torch.equal(scored[name], plain[name]) for name in plain)
+
+
+def test_a_sandbox_that_fails_does_not_end_the_training(problems_file, shards, lively_model, monkeypatch, capsys):
+    def fail(programs):
+        raise OSError("no room")
+        yield
+
+    monkeypatch.setattr(QuickScore, "MAX_SHARE", 1e9)
+    with QuickScore(problems_file, 2) as scoring:
+        monkeypatch.setattr(scoring.sandbox, "run_many", fail)
+        tokenizer = load_tokenizer(str(shards.path / "bpe.json"))
+        assert [scoring.score(lively_model, tokenizer) for _ in range(3)] == [{}] * 3
+    assert capsys.readouterr().err.count("warning: the model is not scored by running any more: no room\n") == 1
+    assert describe_score({}) == "not scored by running: the sandbox has failed"
 
 
 def test_a_set_that_is_not_there_ends_the_run_before_it_begins(run_arguments, run_program, tmp_path):

@@ -1,12 +1,13 @@
 import gzip
 import json
+import os
 import sys
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from evaluation.problems import FUNCTION_STOPS, SCRIPT_STOPS, load_problems
+from evaluation.problems import FUNCTION_STOPS, SCRIPT_STOPS, function_check, load_problems
 from runtime.errors import UserError
 from sandbox.pool import Sandbox
 
@@ -32,6 +33,30 @@ MBPP_PLUS = {
     "test_list": ["assert add(1, 2) == 3"],
     "test": "def assertion(x, y):\n    assert math.isclose(x, y)\n\nassertion(add(1, 2), 3)\n",
 }
+
+
+HELPERS = '''"""Helpers."""
+import math as m
+from typing import List
+
+MOD: int = 7
+LIMIT = 10
+SEEN = []
+
+class Node:
+    pass
+
+@staticmethod
+def scale(x):  # comment
+    return m.floor(x) % LIMIT
+
+def note(x):
+    global SEEN
+    SEEN += [x]
+
+@staticmethod
+def solve(x: List[int]):
+    """Solve.'''
 
 
 def write(path, rows) -> str:
@@ -97,3 +122,44 @@ def test_sets_come_through_datasets(monkeypatch):
         load_problems("mbpp")
     with pytest.raises(UserError, match="no such file; give one, or a set: humaneval, mbpp"):
         load_problems("humanevil")
+
+
+@pytest.mark.parametrize("name", ["scale", "m", "LIMIT", "List"])
+def test_what_a_check_names_of_its_prompt_is_the_checks_own(name):
+    test = f"def check(candidate):\n    assert {name}\n"
+    check = function_check(HELPERS, test, "solve")
+    assert check.startswith("\nimport math as m\nfrom typing import List\nLIMIT = 10\n\n@staticmethod\ndef scale(x):\n")
+    assert check.endswith(f"% LIMIT\n\n{test}\ncheck(solve)")
+
+
+@pytest.mark.parametrize("name", ["SEEN", "MOD", "Node", "note", "solve", "other"])
+def test_state_and_classes_of_a_prompt_are_the_programs(name):
+    test = f"def check(candidate):\n    assert {name}\n"
+    assert function_check(HELPERS, test, "solve") == f"\n{test}\ncheck(solve)"
+
+
+@pytest.mark.parametrize(
+    "prompt", ["def helper(:\ndef solve(x):\n", "    def solve(x):\n", "def helper(): pass\n", "\0def solve("]
+)
+def test_a_prompt_that_is_no_python_has_no_helpers(prompt):
+    assert function_check(prompt, "helper", "solve") == "\nhelper\ncheck(solve)"
+
+
+@pytest.mark.skipif("HUMANEVAL_FILE" not in os.environ, reason="HUMANEVAL_FILE is not set")
+def test_three_problems_of_humaneval_have_helpers_and_redefining_them_changes_nothing():
+    wrong = {
+        "find_zero": "    return 0.0\n\ndef poly(xs, x):\n    return 0.0\n",
+        "decode_cyclic": "    return s\n\ndef encode_cyclic(s):\n    return s\n",
+        "decode_shift": "    return s\n\ndef encode_shift(s):\n    return s\n",
+    }
+    problems = load_problems(os.environ["HUMANEVAL_FILE"])
+    helped = [problem for problem in problems if problem.check.count("def ") > problem.check.count("def check")]
+    assert [problem.entry_point for problem in helped] == list(wrong)
+    right = [(problem.prompt + problem.solution, problem.check, problem.entry_point) for problem in helped]
+    fooled = [
+        (problem.prompt + wrong[problem.entry_point], *job[1:]) for problem, job in zip(helped, right, strict=True)
+    ]
+    with Sandbox() as sandbox:
+        results = dict(sandbox.run_many(right + fooled))
+    assert [results[i].passed for i in range(6)] == [True] * 3 + [False] * 3
+    assert not any(result.shared for result in results.values())

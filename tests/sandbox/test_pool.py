@@ -78,7 +78,7 @@ def test_hostile_programs_get_their_verdicts_and_change_nothing(without, tmp_pat
     texts = [p.program.replace("CANARY", str(canary)).replace("PARENT", str(os.getpid())) for p in programs]
     monkeypatch.setattr("tempfile.tempdir", None)
     with Sandbox(2, Limits(timeout_s=0.7, memory_bytes=2**30), without=without) as sandbox:
-        if len(sandbox.missing) > len(without):
+        if len([m for m in sandbox.missing if not m.startswith("another user")]) > len(without):
             pytest.skip(f"this machine lacks {sandbox.missing}")
         results = dict(sandbox.run_many((text, CHECK, "double") for text in texts))
         assert sandbox.run("x = 1", "assert x").passed, "it still works"
@@ -92,6 +92,7 @@ def test_hostile_programs_get_their_verdicts_and_change_nothing(without, tmp_pat
         if result.outcome not in expected and verdict not in expected and not refused:
             wrong[program.name] = (verdict, result.detail, expected)
         assert result.passed <= (not program.name.startswith("cheat")), f"{program.name} passed"
+        assert not result.shared
     assert wrong == {}
     assert (canary / "file").stat() == before and os.listdir(canary) == ["file"]
     assert children() == processes and os.listdir(temporary) == []
@@ -124,16 +125,24 @@ def test_a_check_sees_the_programs_names_as_they_change_and_lends_its_imports(sa
     assert sandbox.run(own_sum, "assert sum(1, 2) == 3").error == "TypeError"  # the builtin, unless it is asked for
 
 
-def test_a_timeout_is_tried_again_alone_unless_it_had_a_processor_to_itself():
-    with Sandbox(2, Limits(timeout_s=0.5)) as sandbox:
-        sleeps = [("import time; time.sleep(9)", "", ""), ("x = 1", "", ""), ("import time; time.sleep(9)", "", "")]
+def test_sleepers_wait_side_by_side_and_a_starved_program_gets_its_share():
+    with Sandbox(2, Limits(timeout_s=0.6)) as sandbox:
         t0 = time.monotonic()
-        results = list(sandbox.run_many(sleeps))
-        assert time.monotonic() - t0 > 1.4  # half a second side by side, and then one after the other
-        assert results[0][0] == 1 and sorted(index for index, _ in results) == [0, 1, 2]
-        assert [result.outcome for _, result in results] == ["passed", "timed out", "timed out"]
-        result = sandbox.run("while True: pass")
-        assert result.outcome == "timed out" and result.cpu_seconds > 0.1  # of 0.5, on a busy machine
+        sleep = ("import time; time.sleep(9)", "", "")
+        results = dict(sandbox.run_many([sleep, sleep, ("x = 1", "", "")]))
+        assert time.monotonic() - t0 < 1.3 * len(sandbox._workers) ** -1 * 2 and results[2].passed
+        assert [results[i].outcome for i in range(2)] == ["timed out"] * 2
+        busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * os.cpu_count())]
+        try:
+            work = "import time\nwhile time.process_time() < 0.5: pass\n"
+            results = list(sandbox.run_many([(work, "", "")] * 2))
+            endless = sandbox.run("while True: pass")
+        finally:
+            for process in busy:
+                process.kill()
+                process.wait()
+    assert all(result.passed for _, result in results) and max(result.seconds for _, result in results) > 0.6
+    assert endless.outcome == "timed out" and endless.cpu_seconds > 0.5
 
 
 def test_a_worker_that_dies_is_replaced_and_its_program_tried_again(sandbox):
@@ -185,7 +194,7 @@ def test_what_a_killed_parent_leaves_goes_by_itself(without, tmp_path):
     )
     worker = int(parent.stdout.readline())
     time.sleep(0.3)
-    assert len(os.listdir(tmp_path)) == 1
+    assert len(os.listdir(tmp_path)) == len(without)  # in namespaces it is in memory
     parent.kill()
     parent.wait()
     parent.stdout.close()
