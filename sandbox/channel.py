@@ -2,8 +2,8 @@
 
 A message is a length and JSON text. A question names an operation and its arguments; the answer is what it returned or
 raised, and what it did to the arguments. While one side waits for an answer, the other may ask in turn: so a program
-calls a function that its check gave it. Objects that are no plain data stay where they are. The other side gets a number
-for each, and sends it back to mean the object.
+calls a function that its check gave it. Objects that are no plain data stay where they are. The other side gets a
+number for each, and sends it back to mean the object.
 """
 
 import contextlib
@@ -30,11 +30,10 @@ class Channel:
     """One end. A subclass says what its side does when asked (`perform`), how it tells of an object that stays here
     (`describe`), and what stands here for one of the other side (`stand_in`)."""
 
-    methods: dict[str, Any] = {}  # what classes get that are made here for records of the other side
-
     def __init__(self, end: socket.socket):
         self.end = end
-        self.partner: int | None = None  # the process whose messages count, if `end` tells who sent them; None takes all
+        self.partner: int | None = None  # the process whose messages count, if `end` tells who sent them
+        self.methods: dict[str, Any] = {}  # of the classes that are made here for records of the other side
         self.records: dict[tuple, type] = {}  # classes of named tuples and dataclasses
         self.lent: list[Any] = []  # by number: objects of this side that the other knows
         self.borrowed: dict[int, Any] = {}  # by number: what stands for objects of the other side
@@ -170,7 +169,8 @@ class Channel:
         if base is None:
             return EXCEPTIONS[number]
         bases, name = (self._resolve(base),), re.sub(r"\W", "?", name[:80])
-        return self._borrow(number, lambda: type(name, bases, {"__new__": _new, "__str__": _text_of, "__init__": _accept}))
+        own = {"__new__": _new, "__init__": _accept, "__str__": _text_of}
+        return self._borrow(number, lambda: type(name, bases, own))
 
     def _write_exception(self, encoder: Encoder, error: BaseException) -> list:
         """What the other side needs to raise an exception like this one."""

@@ -15,7 +15,7 @@ CHANGED = re.compile(  # an assignment to an attribute, perhaps among others
 # What works on the interpreter that runs the check, and is meant for that of the program.
 WORKS_ON_INTERPRETER = re.compile(
     r"\b(?:patch|redirect_std\w+|catch_warnings|simplefilter|assert(?:No)?Logs|assertWarns\w*|setrecursionlimit"
-    r"|(?:get|set|local)context|setlocale|seed|set_?state|environ|putenv|chdir|inspect|globals|__globals__)\b"
+    r"|(?:get|set|local)context|setlocale|set_?state|environ|putenv|chdir|inspect|globals|__globals__)\b"
     r"|\basync[ \t]+(?:for|with)\b"
 )
 
@@ -28,6 +28,7 @@ class Check(NamedTuple):
     code: Any  # its code, which all programs that it checks share; its text if it does not compile
     imports: list[str]  # at its top level, which its program may use
     modules: dict[str, str]  # that it uses, by what it calls them; they are not the program's, if that imported them
+    seeds: list[str]  # modules that it seeds, with effect for its program too
     needs_sharing: str | None  # why it must share an interpreter with its program
 
 
@@ -38,12 +39,13 @@ def prepare(text: str) -> Check:
     bound = {name for line in found for name in BOUND.findall(line)}
     changed = next((name + rest for name, rest in CHANGED.findall(text) if name in bound), None)
     works = WORKS_ON_INTERPRETER.search(text)
-    needs_sharing = changed and f"the check changes {changed}" or works and f"the check uses {works[0]}"
+    needs_sharing = f"the check changes {changed}" if changed else f"the check uses {works[0]}" if works else None
     imports = [line for line in found if not line[0].isspace()]
+    seeds = [name for name in ("random", "numpy.random") if "seed(" in text and name.partition(".")[0] in text]
     modules = {name: MODULES[name] for name in USED.findall(text) if name in MODULES}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return Check(compile(text, "<check>", "exec", dont_inherit=True), imports, modules, needs_sharing)
+            return Check(compile(text, "<check>", "exec", dont_inherit=True), imports, modules, seeds, needs_sharing)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return Check(text, imports, modules, None)  # the judge will say why
+        return Check(text, imports, modules, seeds, None)  # the judge will say why

@@ -1,14 +1,15 @@
 """Plain data as JSON, so that a judge and a program can send them to each other.
 
-The receiver builds exactly the types named here, out of the sender's text, and runs no code of the sender; pickle would.
-None, bool, str, float and ints of 64 bits are JSON's own. Everything else is a list that begins with a tag. Objects that
-can change are numbered in the order in which they come, and the second time only the number is sent. So cycles and
-shared parts keep their shape, and an answer can say what a call did to its arguments: `contents` and `renew`.
+The receiver builds exactly the types named here, out of the sender's text, and runs no code of the sender, as pickle
+would. None, bool, str, float and ints of 64 bits are JSON's own. Everything else is a list that begins with a tag.
+Objects that can change are numbered in the order in which they come, and the second time only the number is sent. So
+cycles and shared parts keep their shape, and an answer can say what a call did to its arguments (`contents`, `renew`).
 
 What is no plain data is left to two functions of the caller, `refer` and `resolve` (channel.py).
 """
 
 import base64
+import builtins
 import dataclasses
 import re
 import sys
@@ -27,13 +28,13 @@ SCALARS = {NoneType, bool, str, float}
 TYPES = {
     kind.__name__: kind
     for kind in (
-        object, NoneType, bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset, range, type,
-        Decimal, Fraction, Counter, OrderedDict, defaultdict, deque, date, datetime, time, timedelta,
+        object, NoneType, bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset, range,
+        type, Decimal, Fraction, Counter, OrderedDict, defaultdict, deque, date, datetime, time, timedelta,
     )
 }  # fmt: skip
 EXCEPTIONS = {
     name: value
-    for name, value in vars(__import__("builtins")).items()
+    for name, value in vars(builtins).items()
     if isinstance(value, type) and issubclass(value, BaseException) and value.__name__ == name
 }
 CHANGEABLE = (list, dict, set, bytearray, deque)
@@ -83,12 +84,12 @@ class Encoder:
         values = list(values)
         self.parts_left -= len(values)
         kinds = {*map(type, values)}
-        if kinds <= SCALARS or (kinds == {int} and -JSON_INT <= min(values) and max(values) < JSON_INT):
+        if kinds <= SCALARS or (kinds == {int} and min(values) >= -JSON_INT and max(values) < JSON_INT):
             return values
         return [self.encode(value, depth) for value in values]
 
     def _writer_of_other(self, value: Any) -> "Writer | None":
-        """The writer of a value whose type is none of ours: of numpy's, of a record's, or of the type it derives from."""
+        """The writer of a value of another type: of an array, of a record, or of the type from which it derives."""
         if isinstance(value, type):
             return _write_type if TYPES.get(value.__name__) is value else None
         numpy = sys.modules.get("numpy")
@@ -243,7 +244,10 @@ class Decoder:
         return value
 
     def named(self, name: str, fields: list[str], items: Any) -> Any:
-        kind = self.record(("named", name, tuple(fields)), lambda: type(name, (namedtuple(name, fields, rename=True),), {"__slots__": (), **self.methods}))
+        kind = self.record(
+            ("named", name, tuple(fields)),
+            lambda: type(name, (namedtuple(name, fields, rename=True),), {"__slots__": (), **self.methods}),
+        )
         return tuple.__new__(kind, _of_length(self.items(items), len(fields)))
 
     def data(self, name: str, fields: list[str], flags: list[bool], items: Any) -> Any:
@@ -260,7 +264,9 @@ class Decoder:
 
     def record(self, key: tuple, make: Callable[[], type]) -> type:
         """The class that a named tuple or a dataclass has here; the sender's own is never sent."""
-        if not all(name.isidentifier() and not name.startswith("__") and len(name) < 1000 for name in (key[1], *key[2])):
+        if not all(
+            name.isidentifier() and not name.startswith("__") and len(name) < 1000 for name in (key[1], *key[2])
+        ):
             raise ValueError("not from an encoder")
         if key not in self.records:
             self.records[key] = make()

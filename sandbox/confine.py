@@ -99,7 +99,10 @@ class Confinement:
     @property
     def layers(self) -> dict[str, Any]:
         """What the fork server found that works."""
-        return {name: getattr(self, name) for name in ("namespaces", "landlock", "seccomp")}
+        found = {name: getattr(self, name) for name in ("namespaces", "landlock", "seccomp")}
+        if self.namespaces:  # no program reaches the judge, so it can have their user, who may write their files
+            found["program_user"] = self.program_user
+        return found
 
     @layers.setter
     def layers(self, found: dict[str, Any]) -> None:
@@ -131,7 +134,7 @@ class Confinement:
             namespaces.uncover_scratch(self.sources, self.limits.file_bytes)
         if self.landlock:
             _landlock(self.sources, directory, self.landlock)
-        if self.program_user is not None:  # the judge split off before it was chosen
+        if self.program_user is not None:
             os.setgroups([])
             os.setresgid(self.program_user, self.program_user, self.program_user)
             os.setresuid(self.program_user, self.program_user, self.program_user)

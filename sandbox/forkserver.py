@@ -78,6 +78,7 @@ def _main(settings: dict[str, Any]) -> None:
 def _be_judge(control: socket.socket, other_end: socket.socket, confinement: Confinement) -> None:
     """Serve checks until the parent or the fork server has gone, and exit."""
     try:
+        signal.signal(signal.SIGCHLD, lambda *_: os._exit(0))  # the fork server has gone, whatever a check does
         other_end.close()
         os.dup2(os.open(os.devnull, os.O_RDWR), 1)  # answers come from the fork server alone
         confinement.layers = json.loads(control.recv(2**12))  # now it has made the file system that both see
@@ -124,7 +125,8 @@ class _ForkServer:
         program = child.fork(lambda: child.run_shared(check_size, program_size) if shared else child.run(program_size))
         os.close(child_output_fd)
         end.close() if shared else os.close(fds[0])
-        watch = _Watch(self.limits, program, shared, report, output_fd, self.wake_fd, self.confinement.namespaces)
+        fds = output_fd, self.wake_fd
+        watch = _Watch(self.limits, program, shared, report, fds, self.confinement.namespaces)
         try:
             watch.run()
         finally:
@@ -163,7 +165,8 @@ class _Child:
     """What runs in the child of one request."""
 
     def __init__(self, confinement: Confinement, directory: str, channel_fd: int, output_fd: int):
-        self.confinement, self.directory, self.channel_fd, self.output_fd = confinement, directory, channel_fd, output_fd
+        self.confinement, self.directory = confinement, directory
+        self.channel_fd, self.output_fd = channel_fd, output_fd
 
     def fork(self, action: Callable[[], None]) -> int:
         """Returns the id of a child that does `action` and exits."""
@@ -220,10 +223,11 @@ class _Watch:
     """Watches a program and what is reported on it: by the judge, or by itself if it runs its check too."""
 
     def __init__(
-        self, limits: Limits, program: int, shared: bool, report: socket.socket, output_fd: int, wake_fd: int, many: bool
+        self, limits: Limits, program: int, shared: bool, report: socket.socket, fds: tuple[int, int], many: bool
     ):
+        """`fds`: the program's output, and what a signal makes readable. `many`: whether it may start processes."""
         self.limits, self.program, self.shared, self.report = limits, program, shared, report
-        self.output_fd, self.wake_fd, self.many = output_fd, wake_fd, many
+        (self.output_fd, self.wake_fd), self.many = fds, many
         self.said, self.printed = b"", b""
         self.status: int | None = None  # the program's exit status
         self.cpu_seconds: float | None = None  # of the program, once it has ended
@@ -292,7 +296,7 @@ class _Watch:
 
     def _lacks_status(self) -> bool:
         """Whether the verdict will depend on how the program ends, and it has not."""
-        return self.status is None and self.said.startswith(b'.{"fault"')
+        return self.status is None and b'{"fault"' in self.said[:16]
 
     def _processor_seconds(self) -> float:
         """What the program's processes that still run have used so far; 0 where the system does not tell."""

@@ -25,19 +25,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sandbox.channel import MAX_TEXT, Channel, read_exactly
+from sandbox.remote import RemoteCallable, attribute_of, awaited, remote_class
 from sandbox.verdict import HEADER
 
 FILENAME = "<check>"
-# Attributes of functions, classes and objects that are no method of a protocol.
-FORWARDED = (
-    "__annotations__", "__closure__", "__code__", "__defaults__", "__dict__", "__func__", "__kwdefaults__",
-    "__members__", "__name__", "__qualname__", "__self__", "__slots__", "__wrapped__",
-)  # fmt: skip
 FUNCTIONS = (
-    types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.MethodDescriptorType, types.MethodWrapperType,
-    types.WrapperDescriptorType, functools.partial,
+    types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.MethodDescriptorType,
+    types.MethodWrapperType, types.WrapperDescriptorType, functools.partial,
 )  # fmt: skip
-MAX_ITEMS = 1_000_000  # of an iterator of the program
 
 
 class NeedsSharing(BaseException):
@@ -45,9 +40,8 @@ class NeedsSharing(BaseException):
 
 
 def serve_checks(control: socket.socket, timeout_s: float) -> None:
-    """Read requests, have the fork server at `control` start their programs, and tell it the verdicts. Returns when the
-    parent or the fork server has gone."""
-    signal.signal(signal.SIGCHLD, lambda *_: os._exit(0))  # the fork server has gone, whatever a check does
+    """Read requests, have the fork server at `control` start their programs, and tell it the verdicts. Returns when
+    the parent or the fork server has gone."""
     restore = _restorer()
     with contextlib.suppress(EOFError, OSError):
         while True:
@@ -66,7 +60,7 @@ def serve_checks(control: socket.socket, timeout_s: float) -> None:
 def _serve_check(control: socket.socket, header: bytes, payload: bytes) -> None:
     """Judge one program. The verdict is JSON: passed, needs_sharing, fault, or error with message and line; and `last`,
     if this process should not judge another one."""
-    check, entry_point, n_lines, modules = marshal.loads(payload)
+    check, entry_point, n_lines, modules, seeds = marshal.loads(payload)
     end, program_end = socket.socketpair()  # unlike pipes, they cannot be opened for reading through /proc
     if hasattr(socket, "SO_PASSCRED"):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -74,23 +68,26 @@ def _serve_check(control: socket.socket, header: bytes, payload: bytes) -> None:
         with program_end:
             socket.send_fds(control, [header], [program_end.fileno()])
         judge = Judge(end, modules)
-        error: BaseException | None = None
+        failure: dict[str, Any] = {"passed": True}
         try:
             tempfile.tempdir = judge.greet()
             os.chdir(tempfile.tempdir)
             control.sendall(b".")
             judge.ask("run")
+            for name in seeds:
+                judge.seed_both(name)
             code = compile(check, FILENAME, "exec", dont_inherit=True) if isinstance(check, str) else check
             exec(code, {"__builtins__": judge.builtins_of_check(entry_point)})
-        except BaseException as raised:
-            error = raised
+        except BaseException as error:
+            failure = _failure(error, n_lines)
+        judge.undo.close()
         if judge.fault is not None:
             verdict: dict[str, Any] = {"fault": judge.fault}
         elif judge.needs_sharing is not None:
             verdict = {"needs_sharing": judge.needs_sharing}
         else:
-            verdict = {"passed": True} if error is None else _failure(error, n_lines)
-    verdict["last"] = threading.active_count() > 1 or isinstance(error, MemoryError)
+            verdict = failure
+    verdict["last"] = threading.active_count() > 1 or verdict.get("error") == "MemoryError"
     control.sendall(json.dumps(verdict).encode() + b"\n")
 
 
@@ -118,7 +115,9 @@ def _failure(error: BaseException, n_lines: int) -> dict[str, Any]:
     if "_remote_" in getattr(error, "__dict__", {}):
         name, message, line = error.__dict__["_remote_"]
     else:
-        name, message, line = type(error).__name__, str(error)[:MAX_TEXT], None
+        name, message, line = type(error).__name__, "", None
+        with contextlib.suppress(BaseException):  # it may hold an object of the program
+            message = str(error)[:MAX_TEXT]
         if isinstance(error, SyntaxError) and error.filename == FILENAME and error.lineno:
             line = n_lines + error.lineno
     trace = error.__traceback__ if line is None else None
@@ -137,6 +136,7 @@ class Judge(Channel):
         self.modules = modules  # that are the judge's own, whatever the program calls so, by what the check calls them
         self.needs_sharing: str | None = None  # why the check has to run beside the program
         self.n_answers = 0  # that are being given to the program
+        self.undo = contextlib.ExitStack()  # what later checks must not find
         self.methods = {"__getattr__": lambda record, name: _method_of_record(self, record, name)}
         sys.modules["program"] = sys.modules["__main__"] = _ProgramModule(self)
 
@@ -148,11 +148,24 @@ class Judge(Channel):
         return piece.decode()
 
     def builtins_of_check(self, entry_point: str) -> dict[str, Any]:
-        """Where Python looks up a name that is not the check's own: a builtin, except `entry_point`, or the program's."""
+        """Where Python looks up a name that is not the check's own: a builtin, or what the program calls `entry_point`
+        or otherwise."""
         names = _CheckBuiltins(builtins.__dict__)
         names.pop(entry_point, None)
         names.look_up = self.look_up
         return names
+
+    def seed_both(self, name: str) -> None:
+        """Make `seed` of a module seed that of the program, too."""
+        module = importlib.import_module(name)
+        seed = module.seed
+        self.undo.callback(setattr, module, "seed", seed)
+
+        def seed_both(*arguments: Any, **keywords: Any) -> None:
+            seed(*arguments, **keywords)
+            self.ask("seed", name, *arguments, **keywords)
+
+        module.seed = seed_both
 
     def look_up(self, name: str) -> Any:
         """Returns what the program calls `name`; a module of that name is the judge's own. Raises KeyError."""
@@ -186,7 +199,8 @@ class Judge(Channel):
 
     def describe(self, value: Any) -> list:
         if isinstance(value, FUNCTIONS):
-            return self.lend(value, "function", getattr(value, "__name__", "function"), value.__doc__, _parameters(value))
+            name = getattr(value, "__name__", "function")
+            return self.lend(value, "function", name, value.__doc__, _parameters(value))
         if hasattr(type(value), "__next__") and type(value).__module__ in ("builtins", "itertools"):
             return self.lend(value, "iterator", "", None, None)
         for base in (int, float, str, bytes):
@@ -200,12 +214,12 @@ class Judge(Channel):
         name = name if name.isidentifier() else "object"
         if data is not None:
             value = self._decoder().decode(data)
-            return type(name, (type(value),), {"__getattr__": _attribute_of(self)})(value)
-        remote = _remote_class(name, KINDS[kind])(self)
+            return type(name, (type(value),), {"__getattr__": attribute_of(self)})(value)
+        remote = remote_class(name, kind)(self)
         if kind != "coroutine":
             return remote
         self.numbers[id(remote)] = ["yours", number]
-        return _await(remote)
+        return awaited(remote)
 
 
 class _CheckBuiltins(dict):
@@ -232,117 +246,6 @@ class _ProgramModule(types.ModuleType):
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._judge_.ask("set name", name, value)
-
-
-def _forward(operation: str) -> Callable[..., Any]:
-    def method(self: "Remote", *arguments: Any, **keywords: Any) -> Any:
-        return self._judge_.ask(operation, self, *arguments, **keywords)
-
-    return method
-
-
-def _between(operation: str) -> Callable[..., Any]:
-    """An operator for two objects of the program. With any other it does not exist, because the program would choose
-    the outcome, knowing what the check expects. Unless the check made the object itself, of a class: then its operators
-    are what it tests."""
-
-    def method(self: "Remote", other: Any) -> Any:
-        if isinstance(other, Remote):
-            return self._judge_.ask(operation, self, other) if operation in OPERATORS else NotImplemented
-        if self._is_made_ and other is not None:
-            raise self._judge_.share(f"the check uses an operator of {type(self).__name__}, a class of the program")
-        return NotImplemented
-
-    return method
-
-
-def _attribute_of(judge: Judge) -> Callable[[Any, str], Any]:
-    """The `__getattr__` of what stands for an object of the program. Names of protocols are not looked up there:
-    numpy's would let the program read the judge's memory, or choose the outcome of a comparison."""
-
-    def get(self: Any, name: str) -> Any:
-        if name.startswith("__") and name not in FORWARDED:
-            raise AttributeError(name)
-        return judge.ask("getattr", self, name)
-
-    return get
-
-
-class Remote:
-    """An object of the program. What the check does with it, the program does, but for comparisons with other values."""
-
-    __slots__ = ("__weakref__", "_is_class_", "_is_made_", "_judge_")
-
-    def __init__(self, judge: Judge):
-        for name, value in {"_judge_": judge, "_is_class_": False, "_is_made_": False}.items():
-            object.__setattr__(self, name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        return _attribute_of(self._judge_)(self, name)
-
-    def __deepcopy__(self, memo: dict) -> Any:
-        return self._judge_.ask("deepcopy", self)
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> Any:
-        return self._judge_.ask("exit", self, kind, error and error.args)
-
-    def __mro_entries__(self, bases: tuple) -> tuple:
-        raise self._judge_.share("the check derives a class from one of the program")
-
-
-for _name in "setattr delattr getitem setitem delitem len bool iter str repr format int float complex index round "\
-        "trunc floor ceil abs neg pos invert reversed dir enter copy hash instancecheck subclasscheck".split():
-    setattr(Remote, f"__{_name}__", _forward(_name))
-OPERATORS = "eq ne lt le gt ge add sub mul matmul truediv floordiv mod pow lshift rshift and or xor".split()
-for _name in [*OPERATORS, *(f"r{name}" for name in OPERATORS[6:])]:
-    setattr(Remote, f"__{_name}__", _between(_name))
-
-
-class RemoteCallable(Remote):
-    __slots__ = ()
-
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        value = self._judge_.ask("make" if self._is_class_ else "call", self, *arguments, **keywords)
-        if self._is_class_ and isinstance(value, Remote):
-            object.__setattr__(value, "_is_made_", True)
-        return value
-
-
-class RemoteIterator(Remote):
-    __slots__ = ("_n_items",)
-
-    def __init__(self, judge: Judge):
-        super().__init__(judge)
-        object.__setattr__(self, "_n_items", 0)
-
-    def __iter__(self) -> "RemoteIterator":
-        return self
-
-    def __next__(self) -> Any:
-        object.__setattr__(self, "_n_items", self._n_items + 1)
-        if self._n_items > MAX_ITEMS:
-            raise ValueError(f"more than {MAX_ITEMS} items from an iterator of the program")
-        return self._judge_.ask("next", self)
-
-    def send(self, value: Any) -> Any:
-        return self._judge_.ask("send", self, value)
-
-    def throw(self, kind: Any, *arguments: Any) -> Any:
-        error = kind if isinstance(kind, BaseException) else kind(*arguments[:1])
-        return self._judge_.ask("throw", self, type(error), *error.args)
-
-
-KINDS = {"object": Remote, "callable": RemoteCallable, "iterator": RemoteIterator, "coroutine": Remote}
-
-
-@functools.lru_cache(256)
-def _remote_class(name: str, base: type) -> type:
-    doc = property(lambda remote: remote._judge_.ask("getattr", remote, "__doc__"))
-    return type(name, (base,), {"__slots__": (), "__doc__": doc})
-
-
-async def _await(remote: Remote) -> Any:
-    return remote._judge_.ask("await", remote)
 
 
 def _parameters(function: Any) -> list[list] | None:

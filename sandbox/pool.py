@@ -145,7 +145,8 @@ def _request(program: str, check: str, entry_point: str, shared: bool) -> bytes:
     """Returns what a worker reads: how many bytes each half has, the judge's half, the program's half."""
     n_lines = program.count("\n") + (not program.endswith("\n"))
     prepared = prepare(check)
-    check_half = marshal.dumps((check if shared else prepared.code, entry_point, n_lines, prepared.modules))
+    code = check if shared else prepared.code
+    check_half = marshal.dumps((code, entry_point, n_lines, prepared.modules, prepared.seeds))
     halves = check_half, marshal.dumps((program, prepared.imports))
     return struct.pack(HEADER, shared, *map(len, halves)) + b"".join(halves)
 
@@ -181,7 +182,8 @@ class _Worker:
             self.close()
             self.start()
         self.close()
-        raise OSError(f"the sandbox's worker does not start; it needs a folder that can be written: {_temporary_folder()}")
+        folder = _temporary_folder()
+        raise OSError(f"the sandbox does not start; see above, and whether {folder} (TMPDIR) can be written")
 
     def send(self, job: _Job) -> None:
         self.deadline = time.monotonic() + PATIENCE * self.timeout_s + GRACE_S + 120

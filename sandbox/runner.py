@@ -3,8 +3,10 @@
 Nothing here is kept from the program, which may change all of it: it can then only answer something else.
 """
 
+import builtins
 import contextlib
 import copy
+import importlib
 import inspect
 import io
 import marshal
@@ -21,6 +23,7 @@ from typing import Any
 
 from sandbox.channel import Channel, Closed
 from sandbox.codec import CHANGEABLE, PLAIN
+from sandbox.remote import OPERATIONS, OPERATORS
 
 FILENAME = "<program>"
 
@@ -43,12 +46,13 @@ class Runner(Channel):
         self.module = types.ModuleType("program")
         sys.modules["program"] = sys.modules["__main__"] = self.module
         self.names = self.module.__dict__
-        own = (self.run, self.display, self.make)
+        own = (self.run, self.display, self.make, self.seed)
         self.operations = _OPERATIONS | {f.__name__: f for f in own}
         self.operations |= {"name": self.names.__getitem__, "set name": self.names.__setitem__}
 
     def run(self) -> None:
-        exec(compile(self.program + "\n\n", FILENAME, "exec", dont_inherit=True), self.names)  # it may end in a backslash
+        text = self.program + "\n\n"  # it may end in a backslash
+        exec(compile(text, FILENAME, "exec", dont_inherit=True), self.names)
         for line in self.imports:
             with contextlib.suppress(Exception):  # the check will report the error
                 exec(line, self.names)
@@ -59,6 +63,11 @@ class Runner(Channel):
         if type(value) not in PLAIN and isinstance(value, CHANGEABLE) and id(value) not in self.numbers:
             self.describe(value)
         return value
+
+    def seed(self, module: str, *arguments: Any, **keywords: Any) -> None:
+        """Seed a module of random numbers, if the program has it."""
+        if module.partition(".")[0] in sys.modules:
+            importlib.import_module(module).seed(*arguments, **keywords)
 
     def display(self, source: str) -> tuple[str, str | None]:
         """Run a line as the interactive interpreter does. Returns what it printed, and the exception's last lines."""
@@ -144,7 +153,7 @@ def _await(coroutine: types.CoroutineType) -> Any:
     return asyncio.run(coroutine)
 
 
-# What a check can do with an object of the program: the names are those of judge.Remote's methods.
+# What a check can do with an object of the program. Those not here are functions of Python's or of `operator`.
 _OPERATIONS: dict[str, Callable[..., Any]] = {
     "call": lambda function, *arguments, **keywords: function(*arguments, **keywords),
     "call method": lambda value, name, *arguments, **keywords: getattr(value, name)(*arguments, **keywords),
@@ -152,7 +161,6 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "enter": lambda manager: type(manager).__enter__(manager),
     "send": lambda iterator, value: iterator.send(value),
     "throw": lambda iterator, kind, *arguments: iterator.throw(kind(*arguments)),
-    "hash": hash,
     "exit": lambda manager, kind, error: type(manager).__exit__(manager, kind, kind and kind(*error), None),
     "instancecheck": lambda kind, value: isinstance(value, kind),
     "subclasscheck": lambda kind, other: issubclass(other, kind),
@@ -164,8 +172,5 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "and": operator.and_,
     "or": operator.or_,
 }  # fmt: skip
-for _name in "getattr setattr delattr len bool iter next str repr format int float complex round abs reversed dir pow".split():
-    _OPERATIONS[_name] = getattr(__import__("builtins"), _name)
-for _name in "getitem setitem delitem index neg pos invert eq ne lt le gt ge add sub mul matmul truediv floordiv mod "\
-        "lshift rshift xor".split():
-    _OPERATIONS[_name] = getattr(operator, _name)
+for _name in ("getattr", "next", *OPERATIONS, *OPERATORS):
+    _OPERATIONS.setdefault(_name, getattr(builtins, _name, None) or getattr(operator, _name, None))

@@ -1,8 +1,8 @@
 """Runs a program and its check in one interpreter, where the check does what cannot cross to another process.
 
 What says "passed" is 32 random bytes, sent before the program starts and again after the last line of the check. In
-between an audit hook holds them, to which no name leads, and sends them only if it is called from the frame, the process
-and with the token that this module had at first.
+between an audit hook holds them, to which no name leads. It sends them only if it is called with the token, from the
+frame and in the process that this module had at first, and if the descriptor still is that of the fork server.
 
 What is left: a program can reach its check through a traceback, change what the check uses while it runs, from a thread
 or from `__eq__`, and read memory through extension modules such as numpy. So a result says that it was shared.
@@ -35,9 +35,9 @@ REFUSED = frozenset((
 
 
 def run_shared(report_fd: int, request: list[bytes], own: list[dict[str, Any]]) -> None:
-    """Run both and exit; report on a socket: the secret, then the secret again, or an exception as JSON. `request`: what
-    judge.serve_checks reads, with the check as text, and the payload of runner.run_program. `own`: the names of the
-    sandbox's modules, which are emptied."""
+    """Run both and exit; report on a socket: the secret, then the secret again, or an exception as JSON. `request`:
+    what judge.serve_checks reads, with the check as text, and the payload of runner.run_program. `own`: the names of
+    the sandbox's modules, which are emptied."""
     # The program may change every module and builtin, so what is needed after it is kept in local variables.
     survivors = {"os": os, "sys": sys, "json": json, "FILENAME": FILENAME, "fd": report_fd}
     survivors["__builtins__"] = dict(builtins.__dict__)
@@ -62,7 +62,7 @@ def _calls(
     request: list[bytes], report_fd: int, own: list[dict[str, Any]], frame: types.FrameType
 ) -> list[Callable[[], object]]:
     """Returns the calls to make, in order. Empties `request` and `own`: no name leads to the calls or to ctypes."""
-    check, entry_point, n_lines, _ = marshal.loads(request.pop(0))
+    check, entry_point, n_lines, *_ = marshal.loads(request.pop(0))
     program, imports = marshal.loads(request.pop(0))
     secret, token = os.urandom(SECRET_BYTES), os.urandom(SECRET_BYTES).hex()
     os.write(report_fd, secret)
@@ -114,7 +114,8 @@ def _hooks(token: str, secret: bytes, report_fd: int, frame: types.FrameType) ->
     refused = REFUSED
 
     def refuse(event: str, arguments: tuple) -> None:
-        if event in refused or event.startswith("ctypes.") or (event == "object.__setattr__" and arguments[1] == "__code__"):
+        is_code = event == "object.__setattr__" and arguments[1] == "__code__"
+        if is_code or event in refused or event.startswith("ctypes."):
             raise ValueError("not for programs that share the judge's interpreter")
         if event == "import" and arguments[0] in ("ctypes", "_ctypes"):
             raise ImportError("not for programs that share the judge's interpreter")  # numpy and others do without

@@ -62,7 +62,6 @@ def test_records_arrive_as_data_of_a_class_of_the_receivers_own():
     pair, record = sent(Pair(1, [2])), sent(Record("a", [1]))
     assert pair == (1, [2]) and pair.y == [2] and type(pair).__name__ == "Pair" and type(pair) is not Pair
     assert (record.name, record.items) == ("a", [1]) and type(record) is not Record
-    assert sent(Level.HIGH) == 3 and type(sent(Level.HIGH)) is int
     assert sent(Lying([1, 2])) == [1, 2] and sent(Lying([1, 2])) != [1]
 
 
@@ -94,7 +93,7 @@ def test_what_is_too_deep_or_too_large_is_refused():
     for value in ([[deep]], wide):
         with pytest.raises(ValueError, match="to send"):
             sent(value)
-    for value in (object(), print, refuse, json):
+    for value in (object(), print, refuse, json, Level.HIGH):
         with pytest.raises(TypeError, match="not plain"):
             sent(value)
 

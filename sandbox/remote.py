@@ -1,0 +1,138 @@
+"""What a check gets for objects of its program that are no plain data: the program does what the check asks of them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+# Attributes of functions, classes and objects that are no method of a protocol.
+FORWARDED = (
+    "__annotations__", "__closure__", "__code__", "__defaults__", "__dict__", "__func__", "__kwdefaults__",
+    "__members__", "__name__", "__qualname__", "__self__", "__slots__", "__wrapped__",
+)  # fmt: skip
+OPERATIONS = (
+    "setattr", "delattr", "getitem", "setitem", "delitem", "len", "bool", "iter", "str", "repr", "format", "int",
+    "float", "complex", "index", "round", "trunc", "floor", "ceil", "abs", "neg", "pos", "invert", "reversed", "dir",
+    "enter", "copy", "hash", "instancecheck", "subclasscheck",
+)  # fmt: skip
+OPERATORS = (
+    "eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "lshift",
+    "rshift", "and", "or", "xor",
+)  # fmt: skip
+MAX_ITEMS = 1_000_000  # of an iterator of the program
+
+
+class Judge(Protocol):
+    """What is needed of judge.Judge."""
+
+    def ask(self, operation: str, *arguments: Any, **keywords: Any) -> Any: ...
+
+    def share(self, reason: str) -> BaseException: ...
+
+
+def _forward(operation: str) -> Callable[..., Any]:
+    def method(self: "Remote", *arguments: Any, **keywords: Any) -> Any:
+        return self._judge_.ask(operation, self, *arguments, **keywords)
+
+    return method
+
+
+def _between(operation: str) -> Callable[..., Any]:
+    """An operator for two objects of the program. With any other it does not exist, because the program would choose
+    the outcome, knowing what the check expects. Unless the check made the object itself, of a class: then its operators
+    are what it tests."""
+
+    def method(self: "Remote", other: Any) -> Any:
+        if isinstance(other, Remote):
+            return self._judge_.ask(operation, self, other) if operation in OPERATORS else NotImplemented
+        if self._is_made_ and other is not None:
+            raise self._judge_.share(f"the check uses an operator of {type(self).__name__}, a class of the program")
+        return NotImplemented
+
+    return method
+
+
+def attribute_of(judge: Judge) -> Callable[[Any, str], Any]:
+    """The `__getattr__` of what stands for an object of the program. Names of protocols are not looked up there:
+    numpy's would let the program read the judge's memory, or choose the outcome of a comparison."""
+
+    def get(self: Any, name: str) -> Any:
+        if name.startswith("__") and name not in FORWARDED:
+            raise AttributeError(name)
+        return judge.ask("getattr", self, name)
+
+    return get
+
+
+class Remote:
+    """An object of the program. What the check does with it, the program does, except to compare it with plain data."""
+
+    __slots__ = ("__weakref__", "_is_class_", "_is_made_", "_judge_")
+
+    def __init__(self, judge: Judge):
+        for name, value in {"_judge_": judge, "_is_class_": False, "_is_made_": False}.items():
+            object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return attribute_of(self._judge_)(self, name)
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        return self._judge_.ask("deepcopy", self)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> Any:
+        return self._judge_.ask("exit", self, kind, error and error.args)
+
+    def __mro_entries__(self, bases: tuple) -> tuple:
+        raise self._judge_.share("the check derives a class from one of the program")
+
+
+for _name in OPERATIONS:
+    setattr(Remote, f"__{_name}__", _forward(_name))
+for _name in [*OPERATORS, *(f"r{name}" for name in OPERATORS[6:])]:
+    setattr(Remote, f"__{_name}__", _between(_name))
+
+
+class RemoteCallable(Remote):
+    __slots__ = ()
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        value = self._judge_.ask("make" if self._is_class_ else "call", self, *arguments, **keywords)
+        if self._is_class_ and isinstance(value, Remote):
+            object.__setattr__(value, "_is_made_", True)
+        return value
+
+
+class RemoteIterator(Remote):
+    __slots__ = ("_n_items",)
+
+    def __init__(self, judge: Judge):
+        super().__init__(judge)
+        object.__setattr__(self, "_n_items", 0)
+
+    def __iter__(self) -> "RemoteIterator":
+        return self
+
+    def __next__(self) -> Any:
+        object.__setattr__(self, "_n_items", self._n_items + 1)
+        if self._n_items > MAX_ITEMS:
+            raise ValueError(f"more than {MAX_ITEMS} items from an iterator of the program")
+        return self._judge_.ask("next", self)
+
+    def send(self, value: Any) -> Any:
+        return self._judge_.ask("send", self, value)
+
+    def throw(self, kind: Any, *arguments: Any) -> Any:
+        error = kind if isinstance(kind, BaseException) else kind(*arguments[:1])
+        return self._judge_.ask("throw", self, type(error), *error.args)
+
+
+KINDS = {"object": Remote, "callable": RemoteCallable, "iterator": RemoteIterator, "coroutine": Remote}
+
+
+@functools.lru_cache(256)
+def remote_class(name: str, kind: str) -> type:
+    doc = property(lambda remote: remote._judge_.ask("getattr", remote, "__doc__"))
+    return type(name, (KINDS[kind],), {"__slots__": (), "__doc__": doc})
+
+
+async def awaited(remote: Remote) -> Any:
+    return remote._judge_.ask("await", remote)
