@@ -38,6 +38,7 @@ class Channel:
         self.lent: list[Any] = []  # by number: objects of this side that the other knows
         self.borrowed: dict[int, Any] = {}  # by number: what stands for objects of the other side
         self.numbers: dict[int, list] = {}  # how to tell the other side of an object in `lent` or `borrowed`, by its id
+        self.received = bytearray()  # the beginning of the next message
         self.fault: str | None = None  # why the other side cannot be asked any more
 
     def perform(self, operation: str, arguments: Sequence[Any], keywords: dict[str, Any]) -> Any:
@@ -56,7 +57,7 @@ class Channel:
         encoder = self._encoder()
         values = [[encoder.encode(value) for value in part] for part in (arguments, keywords.values())]
         question = _pack([operation, values[0], [*keywords], values[1]])
-        if self._receive_some(2**16, socket.MSG_DONTWAIT)[0]:
+        if self.received or self._receive_some(socket.MSG_DONTWAIT)[0]:
             raise self.close("answered before it was asked")
         self._send(question)
         while True:
@@ -221,7 +222,7 @@ class Channel:
             raise self.close("sent too long a message")
         data = self._receive_exactly(length)
         try:
-            message = json.loads(data, object_pairs_hook=_refuse)
+            message = _from_json(data.decode())
             if isinstance(message, list) and len(message) in (3, 4):
                 return message
         except (ValueError, RecursionError):
@@ -229,21 +230,21 @@ class Channel:
         raise self.close("sent what is no message")
 
     def _receive_exactly(self, size: int) -> bytes:
-        pieces = []
-        while size:
-            piece, _ = self._receive_some(min(size, 2**20), 0)
+        while len(self.received) < size:
+            piece, _ = self._receive_some(0)
             if not piece:
                 raise self.close("left")
-            pieces.append(piece)
-            size -= len(piece)
-        return b"".join(pieces)
+            self.received += piece
+        data = bytes(self.received[:size])
+        del self.received[:size]
+        return data
 
-    def _receive_some(self, size: int, flags: int) -> tuple[bytes, int | None]:
+    def _receive_some(self, flags: int) -> tuple[bytes, int | None]:
         """Returns what comes from the partner next, nothing if it has gone, and the process that sent it. What other
         processes send is dropped."""
         while True:
             try:
-                piece, extra, _, _ = self.end.recvmsg(size, socket.CMSG_SPACE(12), flags)
+                piece, extra, _, _ = self.end.recvmsg(2**18, socket.CMSG_SPACE(12), flags)
             except OSError:
                 return b"", None
             sender = sender_of(extra)
@@ -273,7 +274,7 @@ def read_exactly(size: int) -> bytes:
 
 def _pack(message: Any) -> bytes:
     """Returns a message with its length before it. Raises ValueError if it is too long."""
-    data = json.dumps(message, check_circular=False, separators=(",", ":")).encode()
+    data = _to_json(message).encode()
     if len(data) > MAX_BYTES:
         raise ValueError(f"too large to send: {len(data)} bytes")
     return struct.pack(">Q", len(data)) + data
@@ -281,6 +282,10 @@ def _pack(message: Any) -> bytes:
 
 def _refuse(pairs: list) -> None:
     raise ValueError("not from an encoder")
+
+
+_to_json = json.JSONEncoder(check_circular=False, separators=(",", ":")).encode
+_from_json = json.JSONDecoder(object_pairs_hook=_refuse).decode
 
 
 def _accept(self: BaseException, *arguments: Any, **keywords: Any) -> None:

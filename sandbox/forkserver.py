@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import functools
 import gc
+import importlib
 import json
 import os
 import re
@@ -58,6 +59,8 @@ def _main(settings: dict[str, Any]) -> None:
     be_judge = functools.partial(_be_judge, judge_control, control)
     confinement = Confinement(settings["directory"], limits, settings["without"], be_judge)
     judge_control.close()
+    if sys.version_info >= (3, 14):  # its way to start processes needs sockets, and would run this file again
+        importlib.import_module("multiprocessing").set_start_method("fork")
     for name in settings["preload"]:
         with contextlib.suppress(ImportError):  # a program that imports it will report the error
             __import__(name)
@@ -302,7 +305,7 @@ class _Watch:
         """What the program's processes that still run have used so far; 0 where the system does not tell."""
         total = 0.0
         for pid in range(self.program, self.program + (500 if self.many else 1)):  # in a namespace, its children follow
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, OverflowError):
                 total += time.clock_gettime((~pid << 3) | CPUCLOCK_SCHED)
         return total
 

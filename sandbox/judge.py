@@ -142,7 +142,7 @@ class Judge(Channel):
 
     def greet(self) -> str:
         """Wait for the program, whose first message tells its process and its folder. Raises Closed."""
-        piece, self.partner = self._receive_some(2**12, 0)
+        piece, self.partner = self._receive_some(0)
         if not piece:
             raise self.close("left")
         return piece.decode()
