@@ -161,17 +161,19 @@ class Channel:
             return self.numbers[id(kind)]
         if EXCEPTIONS.get(kind.__name__) is kind:
             return ["exception", kind.__name__]
-        base = self._write_exception_class(next(base for base in kind.__bases__ if issubclass(base, BaseException)))
+        bases = [self._write_exception_class(base) for base in kind.__bases__ if issubclass(base, BaseException)]
         self.lent.append(kind)
-        self.numbers[id(kind)] = ["exception", len(self.lent) - 1, str(kind.__name__)[:80], base]
+        self.numbers[id(kind)] = ["exception", len(self.lent) - 1, str(kind.__name__)[:80], bases]
         return self.numbers[id(kind)]
 
-    def _exception_class(self, number: int | str, name: str = "", base: list | None = None) -> type:
-        if base is None:
+    def _exception_class(self, number: int | str, name: str = "", bases: list[list] | None = None) -> type:
+        if bases is None:
             return EXCEPTIONS[number]
-        bases, name = (self._resolve(base),), re.sub(r"\W", "?", name[:80])
+        kinds, name = tuple(map(self._resolve, bases)), re.sub(r"\W", "?", name[:80])
+        if not kinds or not all(issubclass(kind, BaseException) for kind in kinds):
+            raise ValueError("not from an encoder")
         own = {"__new__": _new, "__init__": _accept, "__str__": _text_of}
-        return self._borrow(number, lambda: type(name, bases, own))
+        return self._borrow(number, lambda: type(name, kinds, own))
 
     def _write_exception(self, encoder: Encoder, error: BaseException) -> list:
         """What the other side needs to raise an exception like this one."""
@@ -202,8 +204,8 @@ class Channel:
             kind = RuntimeError  # or a function that raises it would end the loop of a check that maps it
         try:
             error = kind(*(decoder.decode(arguments) if arguments is not None else (text,)))
-        except TypeError:
-            error = kind(text) if kind in (KeyError, OSError) else RuntimeError(text)
+        except (TypeError, ValueError):  # of a class that wants other arguments
+            error = RuntimeError(text)
         for attribute, value in decoder.decode(attributes or ["dict", [], []]).items():
             if not attribute.startswith("__"):
                 error.__dict__[attribute] = value
@@ -288,13 +290,19 @@ _to_json = json.JSONEncoder(check_circular=False, separators=(",", ":")).encode
 _from_json = json.JSONDecoder(object_pairs_hook=_refuse).decode
 
 
+def _new(kind: type, *arguments: Any, **keywords: Any) -> BaseException:
+    return _builtin_base(kind).__new__(kind, *arguments)
+
+
 def _accept(self: BaseException, *arguments: Any, **keywords: Any) -> None:
     """The constructor of an exception that stands for another: it takes any arguments."""
+    with contextlib.suppress(TypeError, ValueError):
+        _builtin_base(type(self)).__init__(self, *arguments)
     self.__dict__.update(keywords)
 
 
-def _new(kind: type, *arguments: Any, **keywords: Any) -> BaseException:
-    return BaseException.__new__(kind, *arguments)
+def _builtin_base(kind: type) -> type:
+    return next(base for base in kind.__mro__ if EXCEPTIONS.get(base.__name__) is base)
 
 
 def _text_of(self: BaseException) -> str:

@@ -54,6 +54,9 @@ def _main(settings: dict[str, Any]) -> None:
     sys.path.pop(0)  # programs must not import what is in the project
     os.chdir("/")
     limits = Limits(**settings["limits"])
+    for signum in (signal.SIGALRM, signal.SIGCHLD, signal.SIGVTALRM):  # whatever the parent does with them
+        signal.signal(signum, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control, judge_control = socket.socketpair()
     be_judge = functools.partial(_be_judge, judge_control, control)

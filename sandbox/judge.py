@@ -211,9 +211,11 @@ class Judge(Channel):
     def stand_in(self, number: int, name: str, kind: str, data: Any) -> Any:
         """What the check gets for an object of the program that is no plain data. `data`: the plain value of one whose
         type is derived from int, float, str or bytes."""
-        name = name if name.isidentifier() else "object"
+        name = name[:80] if name.isidentifier() else "object"
         if data is not None:
             value = self._decoder().decode(data)
+            if type(value) not in (int, float, str, bytes):
+                raise ValueError("not from an encoder")
             return type(name, (type(value),), {"__getattr__": attribute_of(self)})(value)
         remote = remote_class(name, kind)(self)
         if kind != "coroutine":

@@ -68,7 +68,7 @@ def _calls(
     os.write(report_fd, secret)
     program_code = compile(program + "\n\n", FILENAME, "exec", dont_inherit=True)
     check_code = compile("\n" * n_lines + check, FILENAME, "exec", dont_inherit=True)
-    imports_code = compile("\n".join(f"try: {line}\nexcept Exception: pass" for line in imports), "<imports>", "exec")
+    imports_code = compile("".join(f"try: {line}\nexcept Exception: pass\n" for line in imports), "<imports>", "exec")
     module = types.ModuleType("program")
     names = module.__dict__
     names_of_check = _CheckBuiltins(builtins.__dict__)
@@ -91,8 +91,8 @@ def _calls(
     ]
     for hook in hooks:
         sys.addaudithook(hook)
-    for names in own:
-        names.clear()
+    for contents in own:
+        contents.clear()
     return calls
 
 

@@ -1,5 +1,6 @@
 """A judge in this process, whose program is another."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -44,8 +45,6 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Connect]:
     for end, pid in started:
         end.close()
         for kill in (os.kill, os.killpg):
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         os.waitpid(pid, 0)

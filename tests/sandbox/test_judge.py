@@ -10,7 +10,6 @@ import sys
 import tempfile
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
@@ -100,14 +99,14 @@ def test_a_module_that_the_check_uses_is_the_judges_own_and_any_other_name_the_p
 
 
 def test_the_check_alone_can_cause_sharing(start):
-    judge = start("def call(f): return f()\ndef call_quietly(f):\n    try: f()\n    except Exception as e: return str(e)")
+    judge = start("def call(f): return f()\ndef quietly(f):\n    try: f()\n    except Exception as e: return str(e)")
 
     class Own:
         pass
 
     with pytest.raises(TypeError, match="of type Own of the check cannot be sent"):
         judge.look_up("call")(lambda: Own())
-    reason = judge.look_up("call_quietly")(lambda: judge.look_up("call")(Own()))
+    reason = judge.look_up("quietly")(lambda: judge.look_up("call")(Own()))
     assert "cannot be sent" in reason and judge.needs_sharing is None
     with pytest.raises(NeedsSharing):
         judge.look_up("call")(Own())
@@ -132,6 +131,12 @@ def test_no_object_of_the_program_shows_memory_of_the_judge():
     check += "n, = right(2.0).shape\ngot = f(2.0)\nassert np.array_equal(got, right(2.0))"
     with Sandbox(1, preload=["numpy"]) as sandbox:
         assert not sandbox.run(UNWRITTEN, check, "f").passed
+
+
+def test_a_class_with_a_name_of_ten_megabytes_is_judged_as_any_other(sandbox):
+    program = "class C:\n    def __add__(self, other): return other\nC.__name__ = 'C' * 10**7\n"
+    result = sandbox.run(program, "assert C() + 3 == 3")  # the judge reports why this needs sharing
+    assert (result.passed, result.shared) == (True, True), result.detail
 
 
 LEAVES = """

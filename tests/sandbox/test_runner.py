@@ -25,8 +25,9 @@ def start(connect):
 
 
 SOURCES = [
-    "1 + 1", "None", "print('a'); 'é'", "for i in range(3): i\n", "y = 3; y", "print('a'); [][5]", "raise SystemExit(4)",
-    "raise KeyError", "x y", "raise Own('it')", "[Own] + [1]", "1 / 0 # nothing", "if 1:\n    5\n", "exit",
+    "1 + 1", "None", "print('a'); 'é'", "for i in range(3): i\n", "y = 3; y", "print('a'); [][5]",
+    "raise SystemExit(4)", "raise KeyError", "x y", "raise Own('it')",
+    "[Own] + [1]", "1 / 0 # nothing", "if 1:\n    5\n", "exit",
 ]  # fmt: skip
 PROGRAM = "class Own(Exception): pass\n"
 
@@ -48,7 +49,7 @@ def test_a_line_shows_what_the_interactive_interpreter_shows(start):
 
 
 def test_a_line_shows_the_same_whatever_the_program_did_to_the_streams(start):
-    judge = start("import sys\nsys.displayhook = lambda value: None\nsys.stdout = sys.stderr = None\ndef f(): print('a')")
+    judge = start("import sys\nsys.displayhook = lambda x: None\nsys.stdout = sys.stderr = None\ndef f(): print('a')")
     assert judge.ask("display", "f(); 5") == ("a\n5\n", None)
 
 
