@@ -43,7 +43,7 @@ PARENT_FD = 0  # the parent writes requests here, and closes it when it ends
 PROGRAM_FD = 3  # on which a program is asked, or reports if it shares an interpreter with its check
 SET_UP_S = 60.0  # seconds that a program has to read its half of the request
 SET_UP_FAILED = 120  # exit status
-UNDISTURBED = 0.9  # of the time limit: a program that used as much of a processor in it was not held up by others
+UNDISTURBED = 0.97  # of the time limit: a program that used as much of a processor in it was not held up by others
 DISTURBED = 1.25  # times the limit: what a program may use that was, because it computes more slowly beside others
 ASLEEP = 0.05  # of the time: a program that uses less waits for something else than a processor
 MAX_REPORT_BYTES = 2**18
@@ -301,8 +301,8 @@ class _Watch:
         return has_passed(self.said) if self.shared else self.said.endswith(b"\n")
 
     def _lacks_status(self) -> bool:
-        """Whether the verdict will depend on how the program ends, and it has not."""
-        return self.status is None and b'{"fault"' in self.said[:16]
+        """Whether the program has not ended, and the verdict depends on how it does, or it has output to write."""
+        return self.status is None and (self.shared or b'{"fault"' in self.said[:16])
 
     def _processor_seconds(self) -> float:
         """What the program's processes that still run have used so far; 0 where the system does not tell."""

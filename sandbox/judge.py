@@ -172,8 +172,8 @@ class Judge(Channel):
         value = self.ask("name", name)
         if name in self.modules:
             return importlib.import_module(self.modules[name])
-        if isinstance(value, RemoteCallable) and name[0].isupper():  # as a class is called; the check's word for it
-            object.__setattr__(value, "_is_class_", True)
+        if isinstance(value, RemoteCallable) and name[0].isupper():  # as a class is called
+            object.__setattr__(value, "_operation_", "make")
         return value
 
     def share(self, reason: str) -> BaseException:

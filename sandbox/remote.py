@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from sandbox.codec import TYPES
+
 # Attributes of functions, classes and objects that are no method of a protocol.
 FORWARDED = (
     "__annotations__", "__closure__", "__code__", "__defaults__", "__dict__", "__func__", "__kwdefaults__",
@@ -38,15 +40,10 @@ def _forward(operation: str) -> Callable[..., Any]:
 
 def _between(operation: str) -> Callable[..., Any]:
     """An operator for two objects of the program. With any other it does not exist, because the program would choose
-    the outcome, knowing what the check expects. Unless the check made the object itself, of a class: then its operators
-    are what it tests."""
+    the outcome, knowing what the check expects."""
 
     def method(self: "Remote", other: Any) -> Any:
-        if isinstance(other, Remote):
-            return self._judge_.ask(operation, self, other) if operation in OPERATORS else NotImplemented
-        if self._is_made_ and other is not None:
-            raise self._judge_.share(f"the check uses an operator of {type(self).__name__}, a class of the program")
-        return NotImplemented
+        return self._judge_.ask(operation, self, other) if isinstance(other, Remote) else NotImplemented
 
     return method
 
@@ -66,11 +63,10 @@ def attribute_of(judge: Judge) -> Callable[[Any, str], Any]:
 class Remote:
     """An object of the program. What the check does with it, the program does, except to compare it with plain data."""
 
-    __slots__ = ("__weakref__", "_is_class_", "_is_made_", "_judge_")
+    __slots__ = ("__weakref__", "_judge_")
 
     def __init__(self, judge: Judge):
-        for name, value in {"_judge_": judge, "_is_class_": False, "_is_made_": False}.items():
-            object.__setattr__(self, name, value)
+        object.__setattr__(self, "_judge_", judge)
 
     def __getattr__(self, name: str) -> Any:
         return attribute_of(self._judge_)(self, name)
@@ -87,18 +83,32 @@ class Remote:
 
 for _name in OPERATIONS:
     setattr(Remote, f"__{_name}__", _forward(_name))
-for _name in [*OPERATORS, *(f"r{name}" for name in OPERATORS[6:])]:
+for _name in OPERATORS:
     setattr(Remote, f"__{_name}__", _between(_name))
 
 
 class RemoteCallable(Remote):
-    __slots__ = ()
+    __slots__ = ("_operation_",)
+
+    def __init__(self, judge: Judge):
+        super().__init__(judge)
+        object.__setattr__(self, "_operation_", "call")
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        value = self._judge_.ask("make" if self._is_class_ else "call", self, *arguments, **keywords)
-        if self._is_class_ and isinstance(value, Remote):
-            object.__setattr__(value, "_is_made_", True)
-        return value
+        return self._judge_.ask(self._operation_, self, *arguments, **keywords)
+
+
+class RemoteContainer(Remote):
+    """An object of a class that derives from list, dict and the like. The check compares what it holds."""
+
+    __slots__ = ()
+    __hash__ = None
+
+    def __eq__(self, other: object) -> bool:
+        return self._plain_() == (other._plain_() if isinstance(other, RemoteContainer) else other)
+
+    def _plain_(self) -> Any:
+        return self._judge_.ask("plain", self)
 
 
 class RemoteIterator(Remote):
@@ -130,8 +140,14 @@ KINDS = {"object": Remote, "callable": RemoteCallable, "iterator": RemoteIterato
 
 @functools.lru_cache(256)
 def remote_class(name: str, kind: str) -> type:
+    """The class of what stands for objects of a class of the program called `name`, of one of KINDS or derived from a
+    container of TYPES."""
     doc = property(lambda remote: remote._judge_.ask("getattr", remote, "__doc__"))
-    return type(name, (KINDS[kind],), {"__slots__": (), "__doc__": doc})
+    own = {"__slots__": (), "__doc__": doc}
+    if kind in KINDS:
+        return type(name, (KINDS[kind],), own)
+    base = TYPES[kind]
+    return type(name, (RemoteContainer,), own | {"__class__": property(lambda remote: base)})
 
 
 async def awaited(remote: Remote) -> Any:

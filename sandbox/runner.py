@@ -18,6 +18,7 @@ import sys
 import threading
 import traceback
 import types
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,7 +59,7 @@ class Runner(Channel):
                 exec(line, self.names)
 
     def make(self, kind: type, *arguments: Any, **keywords: Any) -> Any:
-        """Make an object of a class of the program that is not to be sent as the plain data that it derives from."""
+        """Make an object for the check, which stays here even if it is of a class that derives from a plain one."""
         value = kind(*arguments, **keywords)
         if type(value) not in PLAIN and isinstance(value, CHANGEABLE) and id(value) not in self.numbers:
             self.describe(value)
@@ -99,6 +100,7 @@ class Runner(Channel):
             kind = "iterator"
         else:
             kind = "callable" if callable(value) else "object"
+            kind = next((base.__name__ for base in CONTAINERS if isinstance(value, base)), kind)
         base = next((base for base in (int, float, str, bytes) if isinstance(value, base)), None)
         data = None if base is None else self._encoder().encode(_PLAIN[base](value))
         return self.lend(value, type(value).__name__, kind, data)
@@ -134,6 +136,15 @@ class Runner(Channel):
 _PLAIN = {int: int.__index__, float: float.__float__, str: str.__str__, bytes: lambda value: bytes.join(b"", [value])}
 
 
+# What an object of such a type holds.
+CONTAINERS: dict[type, Callable[[Any], Any]] = {
+    list: lambda value: [*list.__iter__(value)],
+    dict: lambda value: dict(zip(dict.keys(value), dict.values(value), strict=True)),
+    set: lambda value: {*set.__iter__(value)},
+    deque: lambda value: deque(deque.__iter__(value)),
+}
+
+
 class _Iterator:
     """An iterator of the check."""
 
@@ -165,6 +176,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "instancecheck": lambda kind, value: isinstance(value, kind),
     "subclasscheck": lambda kind, other: issubclass(other, kind),
     "deepcopy": copy.deepcopy,
+    "plain": lambda value: next(plain(value) for base, plain in CONTAINERS.items() if isinstance(value, base)),
     "copy": copy.copy,
     "trunc": math.trunc,
     "floor": math.floor,

@@ -134,9 +134,10 @@ def test_no_object_of_the_program_shows_memory_of_the_judge():
 
 
 def test_a_class_with_a_name_of_ten_megabytes_is_judged_as_any_other(sandbox):
-    program = "class C:\n    def __add__(self, other): return other\nC.__name__ = 'C' * 10**7\n"
-    result = sandbox.run(program, "assert C() + 3 == 3")  # the judge reports why this needs sharing
-    assert (result.passed, result.shared) == (True, True), result.detail
+    program = "class C:\n    def three(self): return 3\nC.__name__ = 'C' * 10**7\n"
+    assert sandbox.run(program, "assert C().three() == 3").passed
+    result = sandbox.run(program, "C() + 3")  # whose message names the type
+    assert (result.error, len(result.message) < 1000) == ("TypeError", True)
 
 
 LEAVES = """
