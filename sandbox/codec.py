@@ -137,6 +137,8 @@ def _write_array(e: Encoder, value: Any, depth: int) -> Any:
 
 
 def _write_scalar(e: Encoder, value: Any, depth: int) -> Any:
+    if value.dtype.kind in "SU":  # an array of these drops zeros at the end
+        return ["scalar", value.dtype.kind, _text(value) if value.dtype.kind == "S" else str.__str__(value)]
     return ["scalar", value.dtype.str, _text(value.tobytes())]
 
 
@@ -284,6 +286,8 @@ class Decoder:
     def scalar(self, dtype: str, data: str) -> Any:
         import numpy
 
+        if dtype in ("S", "U"):
+            return numpy.bytes_(base64.b64decode(data)) if dtype == "S" else numpy.str_(data)
         return numpy.ndarray((), _numpy_type(dtype), base64.b64decode(data))[()]
 
 

@@ -215,10 +215,7 @@ class Confinement:
 
     def _failure_of_program(self, action: Callable[[], object]) -> str | None:
         """Returns why a program cannot do `action`; None if it can."""
-        try:
-            directory = self.begin()
-        except OSError as error:
-            return error.strerror
+        directory = self.begin()
         try:
             return _failure_in_child(lambda: (self.enter(directory), action()))
         finally:
@@ -238,8 +235,9 @@ class Confinement:
         for name, value in values.items():
             try:
                 hard = resource.getrlimit(getattr(resource, name))[1]
-                value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-                resource.setrlimit(getattr(resource, name), (value, value))
+                most = value + (name == "RLIMIT_CPU")  # a second after SIGXCPU, SIGKILL
+                value, most = (n if hard == resource.RLIM_INFINITY else min(n, hard) for n in (value, most))
+                resource.setrlimit(getattr(resource, name), (value, most))
             except (OSError, ValueError, AttributeError):
                 pass  # macOS has no limit on address space
 
@@ -343,8 +341,8 @@ def _limits() -> list[tuple[int, int]]:
     return [limit(pid, kind) for pid in (0, os.getppid()) for kind in kinds]
 
 
-def _failure_in_child(action: Callable[[], object]) -> str | None:
-    """Try `action` in a forked process. Returns why it fails; None if it works."""
+def _failure_in_child(action: Callable[[], object], tries: int = 3) -> str | None:
+    """Try `action` in a forked process, again if that is killed. Returns why it fails; None if it works."""
     answer, tell = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -361,6 +359,8 @@ def _failure_in_child(action: Callable[[], object]) -> str | None:
     with open(answer, encoding="utf-8") as file:
         reason = file.read()
     os.waitpid(pid, 0)
+    if not reason and tries > 1:
+        return _failure_in_child(action, tries - 1)
     return None if reason == "works" else reason or "killed"
 
 

@@ -60,7 +60,11 @@ def _main(settings: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control, judge_control = socket.socketpair()
     be_judge = functools.partial(_be_judge, judge_control, control)
-    confinement = Confinement(settings["directory"], limits, settings["without"], be_judge)
+    try:
+        confinement = Confinement(settings["directory"], limits, settings["without"], be_judge)
+    except OSError as error:
+        print(json.dumps(_cannot_work(error)), flush=True)
+        return
     judge_control.close()
     if sys.version_info >= (3, 14):  # its way to start processes needs sockets, and would run this file again
         importlib.import_module("multiprocessing").set_start_method("fork")
@@ -70,15 +74,23 @@ def _main(settings: dict[str, Any]) -> None:
     gc.collect()
     gc.freeze()  # so that a child's collections do not copy what it shares with this process
     server = _ForkServer(control, confinement, limits)
-    control.sendall(json.dumps(confinement.layers).encode())
-    print(json.dumps({"missing": confinement.missing}), flush=True)
-    with contextlib.suppress(EOFError):  # the parent or the judge has gone
+    try:
+        control.sendall(json.dumps(confinement.layers).encode())
+        print(json.dumps({"missing": confinement.missing}), flush=True)
         while not confinement.changed_limits():
             answer = server.serve()
             print(json.dumps(answer), flush=True)
             if answer.get("last"):
                 break
-    confinement.leave()  # not the parent's task, because it may have been killed
+    except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent or the judge has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    finally:
+        confinement.leave()  # not the parent's task, because it may have been killed
+
+
+def _cannot_work(error: OSError) -> dict[str, str]:
+    """What the parent is told if programs cannot have folders."""
+    return {"cannot_work": f"the sandbox cannot make a folder for programs ({error}); free space, or set TMPDIR"}
 
 
 def _be_judge(control: socket.socket, other_end: socket.socket, confinement: Confinement) -> None:
@@ -119,7 +131,10 @@ class _ForkServer:
         if len(message) < struct.calcsize(HEADER):
             raise EOFError
         shared, check_size, program_size = struct.unpack(HEADER, message)
-        directory = self.confinement.begin()
+        try:
+            directory = self.confinement.begin()
+        except OSError as error:
+            return _cannot_work(error) | {"last": True}
         report, end = self.control, None
         if shared:
             report, end = socket.socketpair()  # unlike a pipe, it cannot be opened for reading through /proc
@@ -147,6 +162,7 @@ class _ForkServer:
             report = self._rest_of_report(watch.said)
             found = _verdict(report if watch.is_complete() else None, watch.status)
             last = report is None or report["last"]
+        last = last or not watch.started  # it may have died before it had read its half of the request
         with contextlib.suppress(OSError):
             self.control.sendall(b".")  # the judge may read the next request
         if "needs_sharing" in found:
@@ -296,6 +312,11 @@ class _Watch:
         if sender_of(extra) in (None, self.program):  # not from a process that the program forked
             self.said += piece
         return bool(piece) and len(self.said) < MAX_REPORT_BYTES
+
+    @property
+    def started(self) -> bool:
+        """Whether the program said that it has read its half of the request."""
+        return len(self.said) >= SECRET_BYTES if self.shared else self.said.startswith(b".")
 
     def is_complete(self) -> bool:
         return has_passed(self.said) if self.shared else self.said.endswith(b"\n")

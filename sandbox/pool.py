@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict
@@ -70,6 +71,7 @@ class Sandbox(contextlib.AbstractContextManager):
         settings = {"limits": asdict(limits), "preload": [*COMMON, *preload], "without": list(without)}
         self._running = threading.Lock()
         self._workers: list[_Worker] = []
+        weakref.finalize(self, _end, self._workers)  # if nobody closes it
         try:
             for _ in range(max(1, min(workers or cores, cores))):
                 self._workers.append(_Worker(settings))
@@ -78,7 +80,7 @@ class Sandbox(contextlib.AbstractContextManager):
         except BaseException:
             self.close()
             raise
-        self.missing = self._workers[0].missing
+        self.missing = self._workers[0].missing or []
         for protection in self.missing:
             if protection not in Sandbox._warned:
                 Sandbox._warned.add(protection)
@@ -89,9 +91,7 @@ class Sandbox(contextlib.AbstractContextManager):
 
     def close(self) -> None:
         """End the workers and the programs that they run."""
-        workers, self._workers = self._workers, []
-        for worker in workers:
-            worker.close()
+        _end(self._workers)
 
     def run(self, program: str, check: str = "", entry_point: str = "") -> Result:
         """Run `program`, then `check`, and return the result. `check` looks up a name first among its own, then among
@@ -108,7 +108,7 @@ class Sandbox(contextlib.AbstractContextManager):
         """
         if not self._running.acquire(blocking=False):
             raise RuntimeError("the sandbox is running other programs; use one for each caller")
-        busy: dict[_Worker, _Job] = {}
+        workers, busy = [*self._workers], dict[_Worker, _Job]()
         fresh = (_Job(index, program, prepare(program[1]).needs_sharing) for index, program in enumerate(programs))
         again: deque[_Job] = deque()
         try:
@@ -126,6 +126,10 @@ class Sandbox(contextlib.AbstractContextManager):
                     return
                 for worker in _Worker.ready(busy):
                     answer, job = worker.receive(), busy.pop(worker)
+                    if not self._workers:
+                        break
+                    if answer is None or answer.pop("last", False):
+                        worker.restart()
                     if answer is None and job.tries < TRIES:
                         again.append(job._replace(tries=job.tries + 1))
                     elif answer is None:
@@ -135,10 +139,20 @@ class Sandbox(contextlib.AbstractContextManager):
                     else:
                         again.append(job._replace(needs_sharing=answer["needs_sharing"]))
         finally:
-            for worker in busy:  # the caller left early
-                if worker in self._workers:
+            for worker in workers:
+                if worker.ended:  # `close` was called meanwhile
+                    worker.close_pipes()
+                elif worker in busy:  # the caller left early
                     worker.restart()
             self._running.release()
+
+
+def _end(workers: list["_Worker"]) -> None:
+    """End workers and the programs that they run, and empty the list. Another thread may be waiting for them."""
+    ending = [*workers]
+    workers.clear()
+    for worker in ending:
+        worker.end()
 
 
 def _request(program: str, check: str, entry_point: str, shared: bool) -> bytes:
@@ -156,7 +170,8 @@ class _Worker:
 
     def __init__(self, settings: dict[str, Any]):
         self.settings, self.timeout_s = settings, settings["limits"]["timeout_s"]
-        self.missing: list[str] = []  # protections that this machine lacks
+        self.missing: list[str] | None = None  # protections that this machine lacks
+        self.ended, self.ending = False, threading.Lock()
         self.start()
 
     def start(self) -> None:
@@ -174,16 +189,16 @@ class _Worker:
         self.deadline = time.monotonic() + 60
 
     def wait_until_ready(self) -> None:
-        """Start it again if it dies while it starts. Raises OSError if it never is ready."""
+        """Start it again if it dies while it starts, or has fewer protections than before. Raises OSError if it never
+        is ready."""
         for _ in range(TRIES):
-            if (greeting := self._read_line()) is not None:
+            greeting = self._read_line()
+            if greeting is not None and self.missing in (None, greeting["missing"]):
                 self.missing = greeting["missing"]
                 return
-            self.close()
-            self.start()
-        self.close()
-        folder = _temporary_folder()
-        raise OSError(f"the sandbox does not start; see above, and whether {folder} (TMPDIR) can be written")
+            self.restart_process()
+        self.end()
+        raise OSError("the sandbox's worker does not start, for the reason above")
 
     def send(self, job: _Job) -> None:
         self.deadline = time.monotonic() + PATIENCE * self.timeout_s + GRACE_S + 120
@@ -194,33 +209,48 @@ class _Worker:
             pass
 
     def receive(self) -> dict[str, Any] | None:
-        """Returns the answer. None stands for that of a worker that died or hangs, which is replaced."""
-        answer = self._read_line()
-        if answer is None or answer.pop("last"):
-            self.restart()
-        return answer
+        """Returns the answer, None if the worker died or hangs."""
+        return self._read_line()
 
     def restart(self) -> None:
-        self.close(at_once=True)
-        self.start()
-        self.wait_until_ready()
+        self.restart_process()
+        if not self.ended:
+            self.wait_until_ready()
 
-    def close(self, at_once: bool = False) -> None:
+    def restart_process(self) -> None:
+        with self.ending:
+            if not self.ended:
+                self._kill()
+                self.close_pipes()
+                self.start()
+
+    def end(self) -> None:
+        """End the process for good. Its pipes stay open, because another thread may be waiting for them."""
+        with self.ending:
+            if not self.ended:
+                self.ended = True
+                self._kill()
+
+    def close_pipes(self) -> None:
         with contextlib.suppress(BrokenPipeError):  # the process has died
             self.process.stdin.close()
-        try:
-            self.process.wait(0 if at_once or time.monotonic() > self.deadline else 5)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
         self.process.stdout.close()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # those outside of the group end with it
+        self.process.wait()
         remove(self.directory)
 
     def _read_line(self) -> dict[str, Any] | None:
-        """Returns a whole line of JSON; None if the process died or `deadline` has passed."""
+        """Returns a whole line of JSON; None if the process died or `deadline` has passed. Raises OSError if it says
+        that it cannot work."""
         output = self.process.stdout
         line = output.readline() if wait([output], max(0.0, self.deadline - time.monotonic())) else b""
-        return json.loads(line) if line.endswith(b"\n") else None
+        message = json.loads(line) if line.endswith(b"\n") else None
+        if message is not None and "cannot_work" in message:
+            raise OSError(message["cannot_work"])
+        return message
 
     @staticmethod
     def ready(workers: Collection["_Worker"]) -> list["_Worker"]:

@@ -190,7 +190,7 @@ for fd in range(256):
     except OSError:
         pass
 print(opened, repr(sys.stdin.read()), oct(os.umask(0)), os.listdir("."))
-print([resource.getrlimit(getattr(resource, "RLIMIT_" + name))[1] for name in ("AS", "FSIZE", "NOFILE", "CORE", "CPU")])
+print([resource.getrlimit(getattr(resource, "RLIMIT_" + name))[0] for name in ("AS", "FSIZE", "NOFILE", "CORE", "CPU")])
 print(sorted(os.environ), {os.environ["HOME"], os.environ["TMPDIR"]} == {os.getcwd()})
 class Base: pass
 """
