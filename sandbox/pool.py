@@ -193,6 +193,8 @@ class _Worker:
         is ready."""
         for _ in range(TRIES):
             greeting = self._read_line()
+            if self.ended:
+                return
             if greeting is not None and self.missing in (None, greeting["missing"]):
                 self.missing = greeting["missing"]
                 return
@@ -214,8 +216,7 @@ class _Worker:
 
     def restart(self) -> None:
         self.restart_process()
-        if not self.ended:
-            self.wait_until_ready()
+        self.wait_until_ready()
 
     def restart_process(self) -> None:
         with self.ending:

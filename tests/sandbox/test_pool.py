@@ -7,6 +7,7 @@ are right without namespaces, where a program may start no other process.
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -151,6 +152,38 @@ def test_a_worker_that_dies_is_replaced_and_its_program_tried_again(sandbox):
     assert [r.outcome for _, r in sandbox.run_many([("x = 1", "", "")] * 4)] == ["passed"] * 4
     threading.Timer(0.3, sandbox._workers[0].process.kill).start()
     assert sandbox.run("import time; time.sleep(0.6)").passed
+
+
+@pytest.mark.skipif(not ON_LINUX, reason="looks into /proc")
+@pytest.mark.parametrize("without", [[], ["namespaces"]], ids=["namespaces", "no namespaces"])
+def test_a_program_killed_while_it_is_read_does_not_disturb_the_next(without):
+    long = "x = 1\n" * 400_000 + "def f(x):\n    return x\n"  # more than a pipe holds
+    with Sandbox(1, without=without) as sandbox:
+        before = children()
+        killed = []
+
+        def kill() -> None:
+            while not killed:
+                for pid in children() - before:
+                    os.kill(int(pid), signal.SIGKILL)
+                    killed.append(pid)
+
+        thread = threading.Thread(target=kill)
+        thread.start()
+        programs = [(long, "assert f(1) == 1", "f")] + [("def f(x): return x", "assert f(1) == 1", "f")] * 2
+        results = dict(sandbox.run_many(programs))
+        thread.join()
+    assert results[0].error == "SIGKILL" and results[1].passed and results[2].passed
+
+
+def test_another_thread_may_close_it_while_it_runs():
+    before = children()
+    for _ in range(3):
+        sandbox = Sandbox(2, Limits(timeout_s=5.0))
+        threading.Timer(0.2, sandbox.close).start()
+        with pytest.raises(RuntimeError, match="closed"):
+            list(sandbox.run_many([("import time; time.sleep(0.05)", "", "")] * 200))
+    assert children() == before
 
 
 def test_a_caller_may_leave_early_but_not_run_two_at_once(sandbox):
