@@ -180,9 +180,11 @@ def test_another_thread_may_close_it_while_it_runs():
     before = children()
     for _ in range(3):
         sandbox = Sandbox(2, Limits(timeout_s=5.0))
-        threading.Timer(0.2, sandbox.close).start()
+        timer = threading.Timer(0.2, sandbox.close)
+        timer.start()
         with pytest.raises(RuntimeError, match="closed"):
             list(sandbox.run_many([("import time; time.sleep(0.05)", "", "")] * 200))
+        timer.join()
     assert children() == before
 
 
