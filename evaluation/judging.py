@@ -33,7 +33,7 @@ def self_test(sandbox: Sandbox, problems: Sequence[Problem]) -> list[str]:
             f"first {outcome}); try a larger --timeout_s, or leave them out with --exclude"
         )
     fooled = [problem for problem in solved if problem.entry_point]  # problems that took every wrong answer so far
-    for wrong in ("object()", "None"):  # at least one of them is wrong, whatever the problem asks for
+    for wrong in ("object()", "None", "()"):  # at least one of them is wrong, whatever the problem asks for
         answer = f"(*args, **kwargs):\n    return {wrong}\n"
         results = run_all(sandbox, [(p, f"{p.solution}\n\n\ndef {p.entry_point}{answer}") for p in fooled])
         fooled = [problem for problem, result in zip(fooled, results, strict=True) if result.passed]

@@ -18,8 +18,10 @@ from collections.abc import Callable, Collection, Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 from types import NoneType
 from typing import Any
+from uuid import UUID
 
 MAX_DEPTH = 100
 MAX_PARTS = 4_000_000  # of one message, because one object of a few parts can hold itself many times
@@ -37,6 +39,7 @@ EXCEPTIONS = {
     for name, value in vars(builtins).items()
     if isinstance(value, type) and issubclass(value, BaseException) and value.__name__ == name
 }
+CONTAINERS = {"list": list, "dict": dict, "set": set, "deque": deque}
 CHANGEABLE = (list, dict, set, bytearray, deque)
 NUMPY_TYPE = re.compile(r"[<>|=][?biufcSUMm]\d*(\[\d*\w+\])?")
 
@@ -76,7 +79,7 @@ class Encoder:
         return self.refer(value) if write is None else write(self, value, depth + 1)
 
     def contents(self, value: Any) -> Any:
-        """What an object that was numbered holds now, as JSON data for `apply`."""
+        """What an object that was numbered holds now, as JSON data for `renew`."""
         write = _WRITERS.get(type(value)) or self._writer_of_other(value)
         return write(self, value, 0)
 
@@ -170,6 +173,8 @@ _WRITERS: dict[type, Writer] = {
     date: lambda e, v, d: ["date", date.isoformat(v)],
     time: lambda e, v, d: ["time", time.isoformat(v), v.fold],
     timedelta: lambda e, v, d: ["timedelta", v.days, v.seconds, v.microseconds],
+    type(Path()): lambda e, v, d: ["path", str(v)],
+    UUID: lambda e, v, d: ["uuid", v.hex],
 }
 
 
@@ -333,6 +338,8 @@ _READERS: dict[str, Callable[..., Any]] = {
     "date": lambda d, text: date.fromisoformat(text),
     "time": lambda d, text, fold: time.fromisoformat(text).replace(fold=fold),
     "timedelta": lambda d, days, seconds, microseconds: timedelta(days, seconds, microseconds),
+    "path": lambda d, text: Path(text),
+    "uuid": lambda d, text: UUID(text),
     "type": lambda d, name: TYPES[name],
     "named": Decoder.named,
     "data": Decoder.data,

@@ -5,9 +5,10 @@ inherits from the fork server never held a check. The judge (judge.py) serves on
 The fork server forks each program, watches it, and answers with the result. A fork takes a millisecond where a new
 interpreter takes twenty, and the modules that programs import are already there.
 
-The judge stays outside of the namespaces of processes that programs have (confine.py), so that none can reach it, and
-tells the verdict through a socket that no program has. Where a check needs the program in its own interpreter, the
-fork server has a child run both (shared.py).
+What a check says, where it fails, goes from the judge to the parent: in the fork server's memory programs would find it,
+and in it what the check expects. The judge stays outside of the namespaces of processes that programs have
+(confine.py), so that none can reach it, and tells the verdict through a socket that no program has. Where a check needs
+the program in its own interpreter, the fork server has a child run both (shared.py).
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import functools
 import gc
 import importlib
 import json
+import mmap
 import os
 import re
 import select
@@ -33,7 +35,7 @@ from typing import Any
 
 from sandbox.channel import read_exactly, sender_of
 from sandbox.confine import Confinement
-from sandbox.judge import serve_checks
+from sandbox.judge import read_clock, serve_checks
 from sandbox.namespaces import DIRECTORY
 from sandbox.runner import run_program
 from sandbox.shared import SECRET_BYTES, has_passed, run_shared
@@ -59,7 +61,8 @@ def _main(settings: dict[str, Any]) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control, judge_control = socket.socketpair()
-    be_judge = functools.partial(_be_judge, judge_control, control)
+    clock = mmap.mmap(-1, 8)  # shared by both processes: the judge's processor time
+    be_judge = functools.partial(_be_judge, judge_control, control, clock)
     try:
         confinement = Confinement(settings["directory"], limits, settings["without"], be_judge)
     except OSError as error:
@@ -73,7 +76,7 @@ def _main(settings: dict[str, Any]) -> None:
             __import__(name)
     gc.collect()
     gc.freeze()  # so that a child's collections do not copy what it shares with this process
-    server = _ForkServer(control, confinement, limits)
+    server = _ForkServer(control, confinement, limits, clock)
     try:
         control.sendall(json.dumps(confinement.layers).encode())
         print(json.dumps({"missing": confinement.missing}), flush=True)
@@ -93,15 +96,16 @@ def _cannot_work(error: OSError) -> dict[str, str]:
     return {"cannot_work": f"the sandbox cannot make a folder for programs ({error}); free space, or set TMPDIR"}
 
 
-def _be_judge(control: socket.socket, other_end: socket.socket, confinement: Confinement) -> None:
+def _be_judge(control: socket.socket, other_end: socket.socket, clock: mmap.mmap, confinement: Confinement) -> None:
     """Serve checks until the parent or the fork server has gone, and exit."""
     try:
         signal.signal(signal.SIGCHLD, lambda *_: os._exit(0))  # the fork server has gone, whatever a check does
         other_end.close()
-        os.dup2(os.open(os.devnull, os.O_RDWR), 1)  # answers come from the fork server alone
+        answers_fd = os.dup(1)
+        os.dup2(os.open(os.devnull, os.O_RDWR), 1)
         confinement.layers = json.loads(control.recv(2**12))  # now it has made the file system that both see
         confinement.enter(DIRECTORY if confinement.namespaces else confinement.directory, judge=True)
-        serve_checks(control, confinement.limits.timeout_s)
+        serve_checks(control, answers_fd, clock, confinement.limits.timeout_s)
         control.close()
         os.wait()  # the fork server removes what is left
     except ValueError:
@@ -115,8 +119,8 @@ def _be_judge(control: socket.socket, other_end: socket.socket, confinement: Con
 class _ForkServer:
     """Runs one program after the other, as the judge asks for it."""
 
-    def __init__(self, control: socket.socket, confinement: Confinement, limits: Limits):
-        self.control, self.confinement, self.limits = control, confinement, limits
+    def __init__(self, control: socket.socket, confinement: Confinement, limits: Limits, clock: mmap.mmap):
+        self.control, self.confinement, self.limits, self.clock = control, confinement, limits, clock
         # When a child ends, its SIGCHLD makes `wake_fd` readable, which wakes `_Watch`.
         self.wake_fd, signal_fd = os.pipe()
         for fd in (self.wake_fd, signal_fd):
@@ -126,7 +130,8 @@ class _ForkServer:
 
     def serve(self) -> dict[str, Any]:
         """Run the next program in a forked child, watch it, and remove everything that it leaves. Returns the fields of
-        its Result, or only `needs_sharing`; with `last`, if the judge must be replaced."""
+        its Result, or only `needs_sharing`; with `last`, if the judge must be replaced, and `words`, if the judge has
+        written an answer of its own."""
         message, fds, _, _ = socket.recv_fds(self.control, struct.calcsize(HEADER), 1)
         if len(message) < struct.calcsize(HEADER):
             raise EOFError
@@ -142,12 +147,12 @@ class _ForkServer:
                 report.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # each message tells which process sent it
             fds = [end.fileno()]
         output_fd, child_output_fd = os.pipe()
-        child = _Child(self.confinement, directory, fds[0], child_output_fd)
+        child = _Child(self.confinement, directory, fds[0], child_output_fd, self.clock)
         program = child.fork(lambda: child.run_shared(check_size, program_size) if shared else child.run(program_size))
         os.close(child_output_fd)
         end.close() if shared else os.close(fds[0])
         fds = output_fd, self.wake_fd
-        watch = _Watch(self.limits, program, shared, report, fds, self.confinement.namespaces)
+        watch = _Watch(self.limits, program, shared, report, fds, self.clock, self.confinement.namespaces)
         try:
             watch.run()
         finally:
@@ -155,7 +160,7 @@ class _ForkServer:
             os.close(output_fd)
             if shared:
                 report.close()
-        last = False
+        last, report = False, None
         if shared:
             found = _verdict_of_shared(watch.said, watch.status)
         else:
@@ -165,12 +170,14 @@ class _ForkServer:
         last = last or not watch.started  # it may have died before it had read its half of the request
         with contextlib.suppress(OSError):
             self.control.sendall(b".")  # the judge may read the next request
+        words = {"words": True} if report and "words" in report else {}
         if "needs_sharing" in found:
-            return {"needs_sharing": found["needs_sharing"], "last": last}
+            return {"needs_sharing": True, "last": last, **words}
         cpu_seconds = watch.cpu_seconds if watch.cpu_seconds is not None else used.get(program, 0.0)
         text = watch.printed.decode("utf-8", "replace")
+        shared = shared or bool(report and report.get("shared"))
         result = Result(**found, output=text, seconds=watch.seconds, cpu_seconds=cpu_seconds, shared=shared)
-        return asdict(result) | {"last": last}
+        return asdict(result) | {"last": last} | words
 
     def _rest_of_report(self, said: bytes) -> dict[str, Any] | None:
         """Wait for the judge's verdict, which it tells at the latest when it notices that the program has ended. None
@@ -180,14 +187,16 @@ class _ForkServer:
             while not said.endswith(b"\n") and (piece := self.control.recv(2**16)):
                 said += piece
         self.control.settimeout(None)
-        return json.loads(said.removeprefix(b".")) if said.endswith(b"\n") else None
+        with contextlib.suppress(ValueError):
+            return json.loads(said.removeprefix(b".")) if said.endswith(b"\n") else None
+        return None
 
 
 class _Child:
     """What runs in the child of one request."""
 
-    def __init__(self, confinement: Confinement, directory: str, channel_fd: int, output_fd: int):
-        self.confinement, self.directory = confinement, directory
+    def __init__(self, confinement: Confinement, directory: str, channel_fd: int, output_fd: int, clock: mmap.mmap):
+        self.confinement, self.directory, self.clock = confinement, directory, clock
         self.channel_fd, self.output_fd = channel_fd, output_fd
 
     def fork(self, action: Callable[[], None]) -> int:
@@ -216,6 +225,7 @@ class _Child:
     def set_up(self) -> list[types.ModuleType]:
         """Give this process its own signals, descriptors, environment and streams, and confine it to its directory.
         Returns the sandbox's modules, which cannot be imported any more."""
+        self.clock.close()
         signal.set_wakeup_fd(-1)
         for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
             ignored = signum in (signal.SIGPIPE, getattr(signal, "SIGXFSZ", None))
@@ -245,11 +255,19 @@ class _Watch:
     """Watches a program and what is reported on it: by the judge, or by itself if it runs its check too."""
 
     def __init__(
-        self, limits: Limits, program: int, shared: bool, report: socket.socket, fds: tuple[int, int], many: bool
+        self,
+        limits: Limits,
+        program: int,
+        shared: bool,
+        report: socket.socket,
+        fds: tuple[int, int],
+        clock: mmap.mmap,
+        many: bool,
     ):
         """`fds`: the program's output, and what a signal makes readable. `many`: whether it may start processes."""
         self.limits, self.program, self.shared, self.report = limits, program, shared, report
         (self.output_fd, self.wake_fd), self.many = fds, many
+        self.clock, self.judge_before = clock, read_clock(clock)
         self.said, self.printed = b"", b""
         self.status: int | None = None  # the program's exit status
         self.cpu_seconds: float | None = None  # of the program, once it has ended
@@ -326,8 +344,8 @@ class _Watch:
         return self.status is None and (self.shared or b'{"fault"' in self.said[:16])
 
     def _processor_seconds(self) -> float:
-        """What the program's processes that still run have used so far; 0 where the system does not tell."""
-        total = 0.0
+        """What the judge and the program's processes that still run have used so far, as far as the system tells."""
+        total = read_clock(self.clock) - self.judge_before
         for pid in range(self.program, self.program + (500 if self.many else 1)):  # in a namespace, its children follow
             with contextlib.suppress(OSError, OverflowError):
                 total += time.clock_gettime((~pid << 3) | CPUCLOCK_SCHED)
@@ -368,7 +386,12 @@ def _verdict_of_shared(said: bytes, status: int | None) -> dict[str, Any]:
 def _failed(report: dict[str, Any]) -> dict[str, Any]:
     error = re.sub(r"[^\w.]", "?", str(report["error"])[:80])
     outcome = OUT_OF_MEMORY if error == "MemoryError" else FAILED
-    return {"outcome": outcome, "error": error, "line": report["line"], "message": str(report["message"])[:2000]}
+    return {
+        "outcome": outcome,
+        "error": error,
+        "line": report["line"],
+        "message": str(report.get("message", ""))[:2000],
+    }
 
 
 def _ended(status: int | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import importlib
 import inspect
 import json
 import marshal
+import mmap
 import os
 import random
 import signal
@@ -20,15 +21,19 @@ import struct
 import sys
 import tempfile
 import threading
+import time
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from sandbox.channel import MAX_TEXT, Channel, read_exactly
-from sandbox.remote import RemoteCallable, attribute_of, awaited, remote_class
+from sandbox.checks import ALIASES
+from sandbox.remote import Remote, RemoteCallable, attribute_of, awaited, remote_class
 from sandbox.verdict import HEADER
 
 FILENAME = "<check>"
+PLAIN_KEYS = (type(None), bool, int, float, str, bytes)
 FUNCTIONS = (
     types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.MethodDescriptorType,
     types.MethodWrapperType, types.WrapperDescriptorType, functools.partial,
@@ -39,9 +44,11 @@ class NeedsSharing(BaseException):
     """The check does what cannot cross to another process. `Judge.needs_sharing` stays, even if it catches this."""
 
 
-def serve_checks(control: socket.socket, timeout_s: float) -> None:
-    """Read requests, have the fork server at `control` start their programs, and tell it the verdicts. Returns when
-    the parent or the fork server has gone."""
+def serve_checks(control: socket.socket, answers_fd: int, clock: mmap.mmap, timeout_s: float) -> None:
+    """Read requests, have the fork server at `control` start their programs, and tell it the verdicts. The words of a
+    verdict go to the parent on `answers_fd`. `clock` gets this process's processor time, while it computes. Returns
+    when the parent or the fork server has gone."""
+    signal.signal(signal.SIGPROF, lambda *_: struct.pack_into("d", clock, 0, time.process_time()))
     restore = _restorer()
     with contextlib.suppress(EOFError, OSError):
         while True:
@@ -51,15 +58,21 @@ def serve_checks(control: socket.socket, timeout_s: float) -> None:
                 control.sendall(header)
             else:
                 payload = read_exactly(check_size)
-                signal.setitimer(signal.ITIMER_VIRTUAL, timeout_s + 2)  # so that no loop in C goes on for ever
-                _serve_check(control, header, payload)
+                signal.setitimer(signal.ITIMER_VIRTUAL, 2 * timeout_s + 2)  # so that no loop in C goes on for ever
+                signal.setitimer(signal.ITIMER_PROF, 0.1, 0.1)
+                _serve_check(control, answers_fd, header, payload)
                 restore()
             control.recv(1)  # nothing is left of the program
 
 
-def _serve_check(control: socket.socket, header: bytes, payload: bytes) -> None:
-    """Judge one program. The verdict is JSON: passed, needs_sharing, fault, or error with message and line; and `last`,
-    if this process should not judge another one."""
+def read_clock(clock: mmap.mmap) -> float:
+    return struct.unpack_from("d", clock)[0]
+
+
+def _serve_check(control: socket.socket, answers_fd: int, header: bytes, payload: bytes) -> None:
+    """Judge one program. The verdict is JSON: passed, needs_sharing, fault, or error and line; `shared`, if the program
+    compared objects of its own; `words`, if the exception's message or the reason for sharing went to the parent; and
+    `last`, if this process should not judge another program."""
     check, entry_point, n_lines, modules, seeds = marshal.loads(payload)
     end, program_end = socket.socketpair()  # unlike pipes, they cannot be opened for reading through /proc
     if hasattr(socket, "SO_PASSCRED"):
@@ -77,7 +90,10 @@ def _serve_check(control: socket.socket, header: bytes, payload: bytes) -> None:
             for name in seeds:
                 judge.seed_both(name)
             code = compile(check, FILENAME, "exec", dont_inherit=True) if isinstance(check, str) else check
-            exec(code, {"__builtins__": judge.builtins_of_check(entry_point)})
+            names = vars(sys.modules["__main__"])  # unittest.main finds them there
+            del names["__name__"]
+            names["__builtins__"] = judge.builtins_of_check(entry_point)
+            exec(code, names)
         except BaseException as error:
             failure = _failure(error, n_lines)
         judge.undo.close()
@@ -86,7 +102,10 @@ def _serve_check(control: socket.socket, header: bytes, payload: bytes) -> None:
         elif judge.needs_sharing is not None:
             verdict = {"needs_sharing": judge.needs_sharing}
         else:
-            verdict = failure
+            verdict = failure | ({"shared": True} if judge.compared else {})
+    if words := verdict.pop("message", "") or verdict.get("needs_sharing"):
+        os.write(answers_fd, json.dumps({"words": words[:MAX_TEXT]}).encode() + b"\n")
+        verdict |= {"words": True} | ({"needs_sharing": True} if judge.needs_sharing else {})
     verdict["last"] = threading.active_count() > 1 or verdict.get("error") == "MemoryError"
     control.sendall(json.dumps(verdict).encode() + b"\n")
 
@@ -94,10 +113,17 @@ def _serve_check(control: socket.socket, header: bytes, payload: bytes) -> None:
 def _restorer() -> Callable[[], None]:
     """Returns a function that undoes what checks usually leave behind, which later ones should not find."""
     names, state, limit = dict(builtins.__dict__), random.getstate(), sys.getrecursionlimit()
+    path, filters = [*sys.path], [*warnings.filters]
+    signals = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
+    handlers = {signum: signal.getsignal(signum) for signum in signals}
 
     def restore() -> None:
-        for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL):
+        for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
             signal.setitimer(timer, 0)
+        for signum, handler in handlers.items():
+            if handler is not None and signal.getsignal(signum) is not handler:
+                signal.signal(signum, handler)
+        sys.path[:], warnings.filters[:] = path, filters
         os.chdir("/")
         random.setstate(state)
         sys.setrecursionlimit(limit)
@@ -131,14 +157,19 @@ def _failure(error: BaseException, n_lines: int) -> dict[str, Any]:
 class Judge(Channel):
     """The judge's end of the channel."""
 
-    def __init__(self, end: socket.socket, modules: dict[str, str]):
+    def __init__(self, end: socket.socket, modules: dict[str, list[str]]):
         super().__init__(end)
-        self.modules = modules  # that are the judge's own, whatever the program calls so, by what the check calls them
+        self.modules = modules  # that are the judge's own, whatever the program calls so: see Check.modules
         self.needs_sharing: str | None = None  # why the check has to run beside the program
         self.n_answers = 0  # that are being given to the program
+        self.answers: dict[
+            tuple, Any
+        ] = {}  # what the program said of its objects since the check last had it do something
+        self.compared = False  # whether the program compared objects of its own
+        self.awaited: list[Remote] = []  # kept, because their ids stand for them
         self.undo = contextlib.ExitStack()  # what later checks must not find
         self.methods = {"__getattr__": lambda record, name: _method_of_record(self, record, name)}
-        sys.modules["program"] = sys.modules["__main__"] = _ProgramModule(self)
+        sys.modules["program"], sys.modules["__main__"] = _ProgramModule(self), _ProgramModule(self)
 
     def greet(self) -> str:
         """Wait for the program, whose first message tells its process and its folder. Raises Closed."""
@@ -167,11 +198,27 @@ class Judge(Channel):
 
         module.seed = seed_both
 
+    def read(self, operation: str, *arguments: Any) -> Any:
+        """Ask for something that stays the same as long as the check has the program do nothing. A second answer could
+        be another one, for what a check does with it."""
+        key = (operation, *((type(v), v if isinstance(v, PLAIN_KEYS) else id(v)) for v in arguments))
+        if key not in self.answers:
+            self.answers[key] = self.ask(operation, *arguments), arguments  # kept, because their ids stand for them
+        return self.answers[key][0]
+
+    def act(self, operation: str, *arguments: Any, **keywords: Any) -> Any:
+        """Have the program do something, after which its objects may be others."""
+        self.answers.clear()
+        return self.ask(operation, *arguments, **keywords)
+
     def look_up(self, name: str) -> Any:
         """Returns what the program calls `name`; a module of that name is the judge's own. Raises KeyError."""
         value = self.ask("name", name)
         if name in self.modules:
-            return importlib.import_module(self.modules[name])
+            with contextlib.suppress(ImportError):
+                module = importlib.import_module(ALIASES.get(name, name))
+                if all(hasattr(module, attribute) for attribute in self.modules[name]):
+                    return module
         if isinstance(value, RemoteCallable) and name[0].isupper():  # as a class is called
             object.__setattr__(value, "_operation_", "make")
         return value
@@ -221,6 +268,7 @@ class Judge(Channel):
         if kind != "coroutine":
             return remote
         self.numbers[id(remote)] = ["yours", number]
+        self.awaited.append(remote)
         return awaited(remote)
 
 
@@ -264,4 +312,4 @@ def _method_of_record(judge: Judge, record: Any, name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(name)
     value = judge.ask("getattr", record, name)
-    return functools.partial(judge.ask, "call method", record, name) if isinstance(value, RemoteCallable) else value
+    return functools.partial(judge.act, "call method", record, name) if isinstance(value, RemoteCallable) else value

@@ -24,17 +24,19 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from sandbox.checks import prepare
 from sandbox.confine import remove
-from sandbox.verdict import COMMON, FAILED, GRACE_S, HEADER, KILLED, PATIENCE, SHARED, Limits, Result
+from sandbox.verdict import COMMON, FAILED, GRACE_S, HEADER, KILLED, PATIENCE, SHARED, TIMED_OUT, Limits, Result
 
 ROOT = Path(__file__).parents[1]
 TRIES = 5  # of a program whose worker dies, and of starting a worker
+
+COMPARED = "the check compares two objects of the program, which did it"
 
 Program = tuple[str, str, str]  # program, check, entry_point
 
@@ -128,14 +130,20 @@ class Sandbox(contextlib.AbstractContextManager):
                     answer, job = worker.receive(), busy.pop(worker)
                     if not self._workers:
                         break
+                    too_long = answer is None and worker.process.poll() == -signal.SIGVTALRM
                     if answer is None or answer.pop("last", False):
                         worker.restart()
-                    if answer is None and job.tries < TRIES:
+                    if too_long:
+                        yield job.index, Result(TIMED_OUT, message="its check computed without end")
+                    elif answer is None and job.tries < TRIES:
                         again.append(job._replace(tries=job.tries + 1))
                     elif answer is None:
                         yield job.index, Result(KILLED, "sandbox", message="the process that ran it died or hung")
                     elif "needs_sharing" not in answer:
-                        yield job.index, Result(**answer)
+                        result = Result(**answer)
+                        if self.strict and result.passed and result.shared:
+                            result = replace(result, outcome=FAILED, error=SHARED, message=COMPARED)
+                        yield job.index, result
                     else:
                         again.append(job._replace(needs_sharing=answer["needs_sharing"]))
         finally:
@@ -211,8 +219,13 @@ class _Worker:
             pass
 
     def receive(self) -> dict[str, Any] | None:
-        """Returns the answer, None if the worker died or hangs."""
-        return self._read_line()
+        """Returns the answer, None if the worker died or hangs. It may come after a line of the judge's."""
+        answer, words = self._read_line(), None
+        if answer is not None and answer.keys() == {"words"}:
+            answer, words = self._read_line(buffered=True), answer["words"]
+        if answer is not None and answer.pop("words", False):
+            answer["needs_sharing" if "needs_sharing" in answer else "message"] = words
+        return answer
 
     def restart(self) -> None:
         self.restart_process()
@@ -243,11 +256,12 @@ class _Worker:
         self.process.wait()
         remove(self.directory)
 
-    def _read_line(self) -> dict[str, Any] | None:
+    def _read_line(self, buffered: bool = False) -> dict[str, Any] | None:
         """Returns a whole line of JSON; None if the process died or `deadline` has passed. Raises OSError if it says
         that it cannot work."""
         output = self.process.stdout
-        line = output.readline() if wait([output], max(0.0, self.deadline - time.monotonic())) else b""
+        there = buffered or wait([output], max(0.0, self.deadline - time.monotonic()))
+        line = output.readline() if there else b""
         message = json.loads(line) if line.endswith(b"\n") else None
         if message is not None and "cannot_work" in message:
             raise OSError(message["cannot_work"])

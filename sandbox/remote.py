@@ -1,20 +1,20 @@
 """What a check gets for objects of its program that are no plain data: the program does what the check asks of them."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from sandbox.codec import TYPES
+from sandbox.codec import CONTAINERS
 
 # Attributes of functions, classes and objects that are no method of a protocol.
 FORWARDED = (
     "__annotations__", "__closure__", "__code__", "__defaults__", "__dict__", "__func__", "__kwdefaults__",
     "__members__", "__name__", "__qualname__", "__self__", "__slots__", "__wrapped__",
 )  # fmt: skip
-OPERATIONS = (
-    "setattr", "delattr", "getitem", "setitem", "delitem", "len", "bool", "iter", "str", "repr", "format", "int",
-    "float", "complex", "index", "round", "trunc", "floor", "ceil", "abs", "neg", "pos", "invert", "reversed", "dir",
-    "enter", "copy", "hash", "instancecheck", "subclasscheck",
+ACTIONS = ("setattr", "delattr", "setitem", "delitem", "enter", "copy", "reversed")
+READINGS = (
+    "bool", "str", "repr", "format", "int", "float", "complex", "index", "round", "trunc", "floor", "ceil", "abs",
+    "neg", "pos", "invert", "dir", "hash", "instancecheck", "subclasscheck",
 )  # fmt: skip
 OPERATORS = (
     "eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "lshift",
@@ -26,14 +26,25 @@ MAX_ITEMS = 1_000_000  # of an iterator of the program
 class Judge(Protocol):
     """What is needed of judge.Judge."""
 
-    def ask(self, operation: str, *arguments: Any, **keywords: Any) -> Any: ...
+    compared: bool
+
+    def read(self, operation: str, *arguments: Any) -> Any: ...
+
+    def act(self, operation: str, *arguments: Any, **keywords: Any) -> Any: ...
 
     def share(self, reason: str) -> BaseException: ...
 
 
-def _forward(operation: str) -> Callable[..., Any]:
-    def method(self: "Remote", *arguments: Any, **keywords: Any) -> Any:
-        return self._judge_.ask(operation, self, *arguments, **keywords)
+def _act(operation: str) -> Callable[..., Any]:
+    def method(self: "Remote", *arguments: Any) -> Any:
+        return self._judge_.act(operation, self, *arguments)
+
+    return method
+
+
+def _read(operation: str) -> Callable[..., Any]:
+    def method(self: "Remote", *arguments: Any) -> Any:
+        return self._judge_.read(operation, self, *arguments)
 
     return method
 
@@ -43,7 +54,10 @@ def _between(operation: str) -> Callable[..., Any]:
     the outcome, knowing what the check expects."""
 
     def method(self: "Remote", other: Any) -> Any:
-        return self._judge_.ask(operation, self, other) if isinstance(other, Remote) else NotImplemented
+        if not isinstance(other, Remote):
+            return NotImplemented
+        self._judge_.compared = True
+        return self._judge_.read(operation, self, other)
 
     return method
 
@@ -55,7 +69,7 @@ def attribute_of(judge: Judge) -> Callable[[Any, str], Any]:
     def get(self: Any, name: str) -> Any:
         if name.startswith("__") and name not in FORWARDED:
             raise AttributeError(name)
-        return judge.ask("getattr", self, name)
+        return judge.read("getattr", self, name)
 
     return get
 
@@ -72,17 +86,31 @@ class Remote:
         return attribute_of(self._judge_)(self, name)
 
     def __deepcopy__(self, memo: dict) -> Any:
-        return self._judge_.ask("deepcopy", self)
+        return self._judge_.act("deepcopy", self)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> Any:
-        return self._judge_.ask("exit", self, kind, error and error.args)
+        return self._judge_.act("exit", self, kind, error and error.args)
 
     def __mro_entries__(self, bases: tuple) -> tuple:
         raise self._judge_.share("the check derives a class from one of the program")
 
+    def __iter__(self) -> Iterator[Any]:
+        items = self._judge_.read("items", self)
+        return iter(items) if items is not None else self._judge_.act("iter", self)
 
-for _name in OPERATIONS:
-    setattr(Remote, f"__{_name}__", _forward(_name))
+    def __len__(self) -> int:
+        items = self._judge_.read("items", self)
+        return len(items) if items is not None else self._judge_.read("len", self)
+
+    def __getitem__(self, key: Any) -> Any:
+        items = self._judge_.read("items", self) if isinstance(key, (int, slice)) else None
+        return items[key] if items is not None and isinstance(key, int) else self._judge_.read("getitem", self, key)
+
+
+for _name in ACTIONS:
+    setattr(Remote, f"__{_name}__", _act(_name))
+for _name in READINGS:
+    setattr(Remote, f"__{_name}__", _read(_name))
 for _name in OPERATORS:
     setattr(Remote, f"__{_name}__", _between(_name))
 
@@ -95,7 +123,7 @@ class RemoteCallable(Remote):
         object.__setattr__(self, "_operation_", "call")
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        return self._judge_.ask(self._operation_, self, *arguments, **keywords)
+        return self._judge_.act(self._operation_, self, *arguments, **keywords)
 
 
 class RemoteContainer(Remote):
@@ -107,8 +135,11 @@ class RemoteContainer(Remote):
     def __eq__(self, other: object) -> bool:
         return self._plain_() == (other._plain_() if isinstance(other, RemoteContainer) else other)
 
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
     def _plain_(self) -> Any:
-        return self._judge_.ask("plain", self)
+        return self._judge_.read("plain", self)
 
 
 class RemoteIterator(Remote):
@@ -125,14 +156,14 @@ class RemoteIterator(Remote):
         object.__setattr__(self, "_n_items", self._n_items + 1)
         if self._n_items > MAX_ITEMS:
             raise ValueError(f"more than {MAX_ITEMS} items from an iterator of the program")
-        return self._judge_.ask("next", self)
+        return self._judge_.act("next", self)
 
     def send(self, value: Any) -> Any:
-        return self._judge_.ask("send", self, value)
+        return self._judge_.act("send", self, value)
 
     def throw(self, kind: Any, *arguments: Any) -> Any:
         error = kind if isinstance(kind, BaseException) else kind(*arguments[:1])
-        return self._judge_.ask("throw", self, type(error), *error.args)
+        return self._judge_.act("throw", self, type(error), *error.args)
 
 
 KINDS = {"object": Remote, "callable": RemoteCallable, "iterator": RemoteIterator, "coroutine": Remote}
@@ -141,14 +172,14 @@ KINDS = {"object": Remote, "callable": RemoteCallable, "iterator": RemoteIterato
 @functools.lru_cache(256)
 def remote_class(name: str, kind: str) -> type:
     """The class of what stands for objects of a class of the program called `name`, of one of KINDS or derived from a
-    container of TYPES."""
-    doc = property(lambda remote: remote._judge_.ask("getattr", remote, "__doc__"))
+    container of CONTAINERS."""
+    doc = property(lambda remote: remote._judge_.read("getattr", remote, "__doc__"))
     own = {"__slots__": (), "__doc__": doc}
     if kind in KINDS:
         return type(name, (KINDS[kind],), own)
-    base = TYPES[kind]
+    base = CONTAINERS[kind]
     return type(name, (RemoteContainer,), own | {"__class__": property(lambda remote: base)})
 
 
 async def awaited(remote: Remote) -> Any:
-    return remote._judge_.ask("await", remote)
+    return remote._judge_.act("await", remote)

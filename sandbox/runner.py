@@ -23,8 +23,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sandbox.channel import Channel, Closed
-from sandbox.codec import CHANGEABLE, PLAIN
-from sandbox.remote import OPERATIONS, OPERATORS
+from sandbox.codec import CHANGEABLE, CONTAINERS, PLAIN
+from sandbox.remote import ACTIONS, OPERATORS, READINGS
 
 FILENAME = "<program>"
 
@@ -54,9 +54,12 @@ class Runner(Channel):
     def run(self) -> None:
         text = self.program + "\n\n"  # it may end in a backslash
         exec(compile(text, FILENAME, "exec", dont_inherit=True), self.names)
+        found: dict[str, Any] = {}
         for line in self.imports:
             with contextlib.suppress(Exception):  # the check will report the error
-                exec(line, self.names)
+                exec(line, found)
+        for name in found.keys() - self.names.keys():
+            self.names[name] = found[name]
 
     def make(self, kind: type, *arguments: Any, **keywords: Any) -> Any:
         """Make an object for the check, which stays here even if it is of a class that derives from a plain one."""
@@ -100,7 +103,7 @@ class Runner(Channel):
             kind = "iterator"
         else:
             kind = "callable" if callable(value) else "object"
-            kind = next((base.__name__ for base in CONTAINERS if isinstance(value, base)), kind)
+            kind = next((name for name, base in CONTAINERS.items() if isinstance(value, base)), kind)
         base = next((base for base in (int, float, str, bytes) if isinstance(value, base)), None)
         data = None if base is None else self._encoder().encode(_PLAIN[base](value))
         return self.lend(value, type(value).__name__, kind, data)
@@ -137,7 +140,7 @@ _PLAIN = {int: int.__index__, float: float.__float__, str: str.__str__, bytes: l
 
 
 # What an object of such a type holds.
-CONTAINERS: dict[type, Callable[[Any], Any]] = {
+_HELD: dict[type, Callable[[Any], Any]] = {
     list: lambda value: [*list.__iter__(value)],
     dict: lambda value: dict(zip(dict.keys(value), dict.values(value), strict=True)),
     set: lambda value: {*set.__iter__(value)},
@@ -176,7 +179,8 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "instancecheck": lambda kind, value: isinstance(value, kind),
     "subclasscheck": lambda kind, other: issubclass(other, kind),
     "deepcopy": copy.deepcopy,
-    "plain": lambda value: next(plain(value) for base, plain in CONTAINERS.items() if isinstance(value, base)),
+    "plain": lambda value: next(_HELD[base](value) for base in _HELD if isinstance(value, base)),
+    "items": lambda value: [*value] if hasattr(type(value), "__len__") and not hasattr(value, "keys") else None,
     "copy": copy.copy,
     "trunc": math.trunc,
     "floor": math.floor,
@@ -184,5 +188,5 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "and": operator.and_,
     "or": operator.or_,
 }  # fmt: skip
-for _name in ("getattr", "next", *OPERATIONS, *OPERATORS):
+for _name in ("getattr", "getitem", "iter", "len", "next", *ACTIONS, *READINGS, *OPERATORS):
     _OPERATIONS.setdefault(_name, getattr(builtins, _name, None) or getattr(operator, _name, None))

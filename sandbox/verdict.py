@@ -35,7 +35,10 @@ class Result:
     output: str = ""  # stdout and stderr, interleaved
     seconds: float = 0.0  # wall-clock time
     cpu_seconds: float = 0.0  # processor time of the program's first process and of its judge
-    shared: bool = False  # whether check and program had to share an interpreter, where a program can forge its verdict
+    shared: bool = (
+        False  # whether the program took part in its verdict: both had to share an interpreter, or two of the
+    )
+    # program's objects were compared. It may be forged.
 
     @property
     def passed(self) -> bool:

@@ -1,6 +1,7 @@
 """The verdicts of the fork server, what its watch waits for, and what a program finds that it has forked."""
 
 import json
+import mmap
 import os
 import signal
 import socket
@@ -111,7 +112,7 @@ def watch(monkeypatch) -> Iterator[Callable[..., _Watch]]:
         os.close(child_output)
         if shared:  # the program alone has it, where otherwise the judge has
             end.close()
-        watched = _Watch(Limits(timeout_s=0.5), pid, shared, report, (output, wake), False)
+        watched = _Watch(Limits(timeout_s=0.5), pid, shared, report, (output, wake), mmap.mmap(-1, 8), False)
         started.append((watched, end))
         watched.run()
         return watched

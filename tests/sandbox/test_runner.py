@@ -83,4 +83,4 @@ def test_the_imports_of_its_check_are_lent_to_the_program_after_it_has_run(start
         ("import math", "import nosuch", "from math import (\n    pi,\n)", "from here on", "import sys"),
     )
     assert judge.look_up("early") is False
-    assert judge.ask("display", "f()[0] == math.pi, f()[1].__name__") == ("(True, 'sys')\n", None)
+    assert judge.ask("display", "f()[0], math.e > 2, f()[1].__name__") == ("(3, True, 'sys')\n", None)
