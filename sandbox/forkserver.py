@@ -5,10 +5,10 @@ inherits from the fork server never held a check. The judge (judge.py) serves on
 The fork server forks each program, watches it, and answers with the result. A fork takes a millisecond where a new
 interpreter takes twenty, and the modules that programs import are already there.
 
-What a check says, where it fails, goes from the judge to the parent: in the fork server's memory programs would find it,
-and in it what the check expects. The judge stays outside of the namespaces of processes that programs have
-(confine.py), so that none can reach it, and tells the verdict through a socket that no program has. Where a check needs
-the program in its own interpreter, the fork server has a child run both (shared.py).
+What a check says, where it fails, goes from the judge to the parent: programs would find it in the memory of the fork
+server, and in it what the check expects. The judge stays outside of the namespaces of processes that programs have
+(confine.py), so that none can reach it, and tells the verdict through a socket that no program has. Where a check
+needs the program in its own interpreter, the fork server has a child run both (shared.py).
 """
 
 import contextlib
@@ -56,10 +56,10 @@ def _main(settings: dict[str, Any]) -> None:
     sys.path.pop(0)  # programs must not import what is in the project
     os.chdir("/")
     limits = Limits(**settings["limits"])
-    for signum in (signal.SIGALRM, signal.SIGCHLD, signal.SIGVTALRM):  # whatever the parent does with them
-        signal.signal(signum, signal.SIG_DFL)
+    for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:  # as in a fresh process
+        ignored = signum in (signal.SIGPIPE, signal.SIGINT, getattr(signal, "SIGXFSZ", None))
+        signal.signal(signum, signal.SIG_IGN if ignored else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     control, judge_control = socket.socketpair()
     clock = mmap.mmap(-1, 8)  # shared by both processes: the judge's processor time
     be_judge = functools.partial(_be_judge, judge_control, control, clock)
@@ -227,11 +227,8 @@ class _Child:
         Returns the sandbox's modules, which cannot be imported any more."""
         self.clock.close()
         signal.set_wakeup_fd(-1)
-        for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-            ignored = signum in (signal.SIGPIPE, getattr(signal, "SIGXFSZ", None))
-            signal.signal(signum, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.setsid()
         os.umask(0o022)
         nothing = os.open(os.devnull, os.O_RDONLY)

@@ -114,15 +114,10 @@ def _restorer() -> Callable[[], None]:
     """Returns a function that undoes what checks usually leave behind, which later ones should not find."""
     names, state, limit = dict(builtins.__dict__), random.getstate(), sys.getrecursionlimit()
     path, filters = [*sys.path], [*warnings.filters]
-    signals = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
-    handlers = {signum: signal.getsignal(signum) for signum in signals}
 
     def restore() -> None:
         for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
             signal.setitimer(timer, 0)
-        for signum, handler in handlers.items():
-            if handler is not None and signal.getsignal(signum) is not handler:
-                signal.signal(signum, handler)
         sys.path[:], warnings.filters[:] = path, filters
         os.chdir("/")
         random.setstate(state)
