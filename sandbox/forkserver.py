@@ -31,7 +31,7 @@ import traceback
 import types
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import IO, Any, ClassVar
 
 from sandbox.channel import read_exactly, sender_of
 from sandbox.confine import Confinement
@@ -74,6 +74,11 @@ def _main(settings: dict[str, Any]) -> None:
     for name in settings["preload"]:
         with contextlib.suppress(ImportError):  # a program that imports it will report the error
             __import__(name)
+    _Child.streams = {
+        name: open(fd, "w" if fd else "r", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        for fd, name in enumerate(("stdin", "stdout", "stderr"))
+    }
+    _Child.own_modules = [name for name in sys.modules if name.partition(".")[0] == "sandbox"]
     gc.collect()
     gc.freeze()  # so that a child's collections do not copy what it shares with this process
     server = _ForkServer(control, confinement, limits, clock)
@@ -195,6 +200,10 @@ class _ForkServer:
 class _Child:
     """What runs in the child of one request."""
 
+    # Made once, in the fork server: what a child does not touch it need not copy.
+    streams: ClassVar[dict[str, IO[str]]] = {}
+    own_modules: ClassVar[list[str]] = []
+
     def __init__(self, confinement: Confinement, directory: str, channel_fd: int, output_fd: int, clock: mmap.mmap):
         self.confinement, self.directory, self.clock = confinement, directory, clock
         self.channel_fd, self.output_fd = channel_fd, output_fd
@@ -240,12 +249,11 @@ class _Child:
         os.environ |= {"HOME": self.directory, "TMPDIR": self.directory, "USER": "program", "LOGNAME": "program"}
         tempfile.tempdir = None
         self.confinement.enter(self.directory)
-        for fd, name in enumerate(("stdin", "stdout", "stderr")):
-            stream = open(fd, "w" if fd else "r", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        for name, stream in self.streams.items():
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
         sys.argv = ["<program>"]
-        return [sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] == "sandbox"]
+        return [sys.modules.pop(name) for name in self.own_modules]
 
 
 class _Watch:

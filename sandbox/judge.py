@@ -113,7 +113,7 @@ def _serve_check(control: socket.socket, answers_fd: int, header: bytes, payload
 def _restorer() -> Callable[[], None]:
     """Returns a function that undoes what checks usually leave behind, which later ones should not find."""
     names, state, limit = dict(builtins.__dict__), random.getstate(), sys.getrecursionlimit()
-    path, filters = [*sys.path], [*warnings.filters]
+    path, filters, streams = [*sys.path], [*warnings.filters], dict[str, Any]()
 
     def restore() -> None:
         for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
@@ -125,7 +125,9 @@ def _restorer() -> Callable[[], None]:
         builtins.__dict__.clear()
         builtins.__dict__.update(names)
         for name in ("stdin", "stdout", "stderr"):
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+            if name not in streams or streams[name].closed:
+                streams[name] = open(os.devnull, "r" if name == "stdin" else "w")  # noqa: SIM115
+            setattr(sys, name, streams[name])
 
     restore()
     return restore
