@@ -78,7 +78,9 @@ def test_a_check_that_catches_everything_does_not_pass_a_program_with_a_fault(an
     size = struct.calcsize(HEADER)
     with control, server:
         _serve_check(control, -1, request[:size], request[size:])
-        assert json.loads(server.recv(2**16).removeprefix(b".")) == verdict | {"last": False}
+        told = json.loads(server.recv(2**16).removeprefix(b"."))
+    del told["last"]  # pytest may have threads
+    assert told == verdict
     os.waitpid(pid, 0)
 
 
