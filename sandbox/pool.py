@@ -141,6 +141,9 @@ class Sandbox(contextlib.AbstractContextManager):
                         yield job.index, Result(KILLED, "sandbox", message="the process that ran it died or hung")
                     elif "needs_sharing" not in answer:
                         result = Result(**answer)
+                        if job.tries == 1 and result.outcome == TIMED_OUT and _may_have_starved(result):
+                            again.append(job._replace(tries=2))
+                            continue
                         if self.strict and result.passed and result.shared:
                             result = replace(result, outcome=FAILED, error=SHARED, message=COMPARED)
                         yield job.index, result
@@ -153,6 +156,12 @@ class Sandbox(contextlib.AbstractContextManager):
                 elif worker in busy:  # the caller left early
                     worker.restart()
             self._running.release()
+
+
+def _may_have_starved(result: Result) -> bool:
+    """Whether a program that seemed to sleep may have got no processor at all: it runs again if the machine has much
+    more to do than it can."""
+    return result.cpu_seconds < 0.5 * result.seconds and os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1)
 
 
 def _end(workers: list["_Worker"]) -> None:

@@ -131,7 +131,7 @@ def test_sleepers_wait_side_by_side_and_a_starved_program_gets_its_share():
         t0 = time.monotonic()
         sleep = ("import time; time.sleep(9)", "", "")
         results = dict(sandbox.run_many([sleep, sleep, ("x = 1", "", "")]))
-        assert time.monotonic() - t0 < 1.3 * len(sandbox._workers) ** -1 * 2 and results[2].passed
+        assert time.monotonic() - t0 < 4.0 / len(sandbox._workers) and results[2].passed  # on a loaded machine twice
         assert [results[i].outcome for i in range(2)] == ["timed out"] * 2
         busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * os.cpu_count())]
         try:
