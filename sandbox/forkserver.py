@@ -1,8 +1,8 @@
 """The sandbox's worker: two processes, a judge that runs checks and a fork server that forks the programs they check.
 
 It gets its settings as JSON, and splits in two before it has read any request, so that the memory that a program
-inherits from the fork server never held a check. The judge (judge.py) serves one check after the other.
-The fork server forks each program, watches it, and answers with the result. A fork takes a millisecond where a new
+inherits from the fork server never held a check. The judge (judge.py) serves one check after the other. The fork server
+forks each program, watches it (watch.py), and answers with the result. A fork takes a millisecond where a new
 interpreter takes twenty, and the modules that programs import are already there.
 
 What a check says, where it fails, goes from the judge to the parent: programs would find it in the memory of the fork
@@ -146,8 +146,8 @@ class _ForkServer:
         program = child.fork(lambda: child.run_shared(check_size, program_size) if shared else child.run(program_size))
         os.close(child_output_fd)
         end.close() if shared else os.close(fds[0])
-        fds = output_fd, self.wake_fd
-        watch = Watch(self.limits, program, shared, report, fds, self.clock, self.confinement.namespaces)
+        watched = output_fd, self.wake_fd
+        watch = Watch(self.limits, program, shared, report, watched, self.clock, self.confinement.namespaces)
         try:
             watch.run()
         finally:

@@ -159,9 +159,7 @@ class Judge(Channel):
         self.modules = modules  # that are the judge's own, whatever the program calls so: see Check.modules
         self.needs_sharing: str | None = None  # why the check has to run beside the program
         self.n_answers = 0  # that are being given to the program
-        self.answers: dict[
-            tuple, Any
-        ] = {}  # what the program said of its objects since the check last had it do something
+        self.answers: dict[tuple, tuple] = {}  # by `read`, with the arguments
         self.compared = False  # whether the program compared objects of its own
         self.awaited: list[Remote] = []  # kept, because their ids stand for them
         self.undo = contextlib.ExitStack()  # what later checks must not find
@@ -191,7 +189,7 @@ class Judge(Channel):
 
         def seed_both(*arguments: Any, **keywords: Any) -> None:
             seed(*arguments, **keywords)
-            self.ask("seed", name, *arguments, **keywords)
+            self.act("seed", name, *arguments, **keywords)
 
         module.seed = seed_both
 
@@ -210,7 +208,7 @@ class Judge(Channel):
 
     def look_up(self, name: str) -> Any:
         """Returns what the program calls `name`; a module of that name is the judge's own. Raises KeyError."""
-        value = self.ask("name", name)
+        value = self.read("name", name)
         if name in self.modules:
             with contextlib.suppress(ImportError):
                 module = importlib.import_module(ALIASES.get(name, name))
@@ -283,7 +281,7 @@ class _ProgramModule(types.ModuleType):
 
     def __init__(self, judge: Judge):
         super().__init__("program")
-        self.__dict__.update(_judge_=judge, __display__=functools.partial(judge.ask, "display"))
+        self.__dict__.update(_judge_=judge, __display__=functools.partial(judge.act, "display"))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -292,7 +290,7 @@ class _ProgramModule(types.ModuleType):
             raise AttributeError(f"the program has no {name}") from None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._judge_.ask("set name", name, value)
+        self._judge_.act("set name", name, value)
 
 
 def _parameters(function: Any) -> list[list] | None:
@@ -308,5 +306,5 @@ def _method_of_record(judge: Judge, record: Any, name: str) -> Any:
     """Looks up what a named tuple or a dataclass of the program has besides its fields."""
     if name.startswith("__"):
         raise AttributeError(name)
-    value = judge.ask("getattr", record, name)
+    value = judge.read("getattr", record, name)
     return functools.partial(judge.act, "call method", record, name) if isinstance(value, RemoteCallable) else value

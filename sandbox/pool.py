@@ -4,7 +4,7 @@
         result = sandbox.run("def add(a, b):\\n    return a + b\\n", "assert add(1, 2) == 3")
         print(result.outcome, result.error, result.line)  # passed None None
 
-Every worker serves one program at a time. Its fork server (forkserver.py) forks the program and a judge, which runs the
+Every worker serves one program at a time. Its fork server forks the program (forkserver.py), and its judge runs the
 check and asks the program for what the check calls (judge.py, channel.py); confine.py says what both may do. A worker
 that dies or hangs is replaced, and its program runs again.
 """
@@ -35,7 +35,6 @@ from sandbox.verdict import COMMON, FAILED, GRACE_S, HEADER, KILLED, PATIENCE, S
 
 ROOT = Path(__file__).parents[1]
 TRIES = 5  # of a program whose worker dies, and of starting a worker
-
 COMPARED = "the check compares two objects of the program, which did it"
 
 Program = tuple[str, str, str]  # program, check, entry_point
@@ -104,7 +103,7 @@ class Sandbox(contextlib.AbstractContextManager):
     def run_many(self, programs: Iterable[Program]) -> Iterator[tuple[int, Result]]:
         """Run each (program, check, entry_point). Yields its index and its result, in the order in which they end.
 
-        The time limit of a program whose processor others take is longer (forkserver.py), so that a loaded machine
+        The time limit of a program whose processor others take is longer (watch.py), so that a loaded machine
         fails no correct program. A program whose worker died runs again. Raises RuntimeError if the sandbox is closed,
         or busy with another run, and OSError if a worker cannot be replaced.
         """

@@ -137,8 +137,6 @@ class Runner(Channel):
 
 # The plain value of one of a derived type, whatever methods that has.
 _PLAIN = {int: int.__index__, float: float.__float__, str: str.__str__, bytes: lambda value: bytes.join(b"", [value])}
-
-
 # What an object of such a type holds.
 _HELD: dict[type, Callable[[Any], Any]] = {
     list: lambda value: [*list.__iter__(value)],
@@ -187,6 +185,6 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "ceil": math.ceil,
     "and": operator.and_,
     "or": operator.or_,
-}  # fmt: skip
+}
 for _name in ("getattr", "getitem", "iter", "len", "next", *ACTIONS, *READINGS, *OPERATORS):
     _OPERATIONS.setdefault(_name, getattr(builtins, _name, None) or getattr(operator, _name, None))

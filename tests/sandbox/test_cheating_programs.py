@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from program_files import sections
 
 ROOT = Path(__file__).parents[2]
 CHECK = "def check(candidate):\n    for i in range(5):\n        assert abs(candidate(i) - 2 * i) < 1\ncheck(double)"
@@ -43,11 +44,8 @@ class Cheat(NamedTuple):
 
 def cheats() -> list[Cheat]:
     found = []
-    text = (Path(__file__).parent / "cheating_programs.txt").read_text(encoding="utf-8")
-    for section in re.split(r"^#### ", text, flags=re.MULTILINE)[1:]:
-        name, _, rest = section.partition("\n")
-        rest, _, right = rest.partition("\n#---- right\n")
-        program, _, check = rest.partition("\n#---- check\n")
+    for name, parts in sections("cheating_programs.txt"):
+        program, check, right = (*parts, "", "")[:3]
         cases = re.search(r"\((\d+) cases\)$", name)
         for case in range(int(cases[1]) if cases else 1):
             found.append(Cheat(name, program, (check or CHECK).replace("CASE", str(case)), right))

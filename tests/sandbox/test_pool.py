@@ -6,7 +6,6 @@ are right without namespaces, where a program may start no other process.
 """
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from program_files import sections
 
 from sandbox.pool import Sandbox
 from sandbox.verdict import Limits
@@ -32,11 +32,9 @@ class Hostile(NamedTuple):
 
 
 def hostile_programs() -> list[Hostile]:
-    text = (Path(__file__).parent / "hostile_programs.txt").read_text(encoding="utf-8")
-    text = text.replace("NUL", "\0").replace("SURROGATE", "\ud800")
     programs = []
-    for section in re.split(r"^#### ", text, flags=re.MULTILINE)[1:]:
-        heading, _, program = section.partition("\n")
+    for heading, (program,) in sections("hostile_programs.txt"):
+        program = program.replace("NUL", "\0").replace("SURROGATE", "\ud800")
         name, _, verdicts = heading.partition(" -> ")
         inside, _, alone = verdicts.partition(" | alone: ")
         programs.append(Hostile(name, program, inside.split(", "), (alone or inside).split(", ")))

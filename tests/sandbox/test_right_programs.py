@@ -6,10 +6,10 @@ right_programs.txt holds them. Programs whose modules are not installed are left
 import importlib.util
 import re
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from program_files import sections
 
 from sandbox.pool import Sandbox
 from sandbox.verdict import Limits
@@ -29,12 +29,9 @@ class Right(NamedTuple):
 def right_programs() -> list[Right]:
     """Those for which this machine has the modules."""
     found = []
-    text = (Path(__file__).parent / "right_programs.txt").read_text(encoding="utf-8")
-    for section in re.split(r"^#### ", text, flags=re.MULTILINE)[1:]:
-        heading, _, rest = section.partition("\n")
+    for heading, (program, check) in sections("right_programs.txt"):
         heading, _, shared = heading.partition(" -> ")
         name, _, entry_point = heading.partition(" | entry: ")
-        program, _, check = rest.partition("\n#---- check\n")
         found.append(Right(name, program, check, entry_point, shared))
     missing = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
     return [p for p in found if not re.search(rf"\b({'|'.join(missing)})\b", p.program + p.check) or not missing]
